@@ -13,7 +13,7 @@ runs it on any function with the signature of hydralora.hydralora_forward, on HY
 if that is set. Add `and not float64` to the -k expression for a kernel without float64.
 """
 import copy
-import importlib
+import importlib.util
 import io
 import json
 import math
@@ -32,17 +32,26 @@ import torch.nn.functional as F
 from torch import nn
 
 import hydralora
+import train_toy
 from hydralora import (
     HydraLoRALinear, Router, TinyConfig, TinyTransformer, export_lora, from_official_state_dict,
     hydralora_delta, hydralora_forward, hydralora_layers, hydralora_state_dict, inject_hydralora,
     load_hydralora_state_dict, mean_gates, merge_hydralora, num_heads_from_corpus, record_gates,
     unmerge_hydralora)
 
+torch.set_num_threads(1)        # the tensors are small; more threads only get in each other's way
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
 DEVICES = [os.environ["HYDRALORA_DEVICE"]] if "HYDRALORA_DEVICE" in os.environ else (
     ["cpu"] + ["cuda"] * torch.cuda.is_available())
 on_each_device = pytest.mark.parametrize("device", DEVICES)
+
+
+def skip_without_products(dtype, device="cpu"):
+    """The first releases of PyTorch 2 have no float16 product on a CPU."""
+    try:
+        F.linear(*torch.ones(2, 2, 2, dtype=dtype, device=device))
+    except RuntimeError:
+        pytest.skip(f"this PyTorch has no product of {dtype} on {device}")
 
 
 def implementation():
@@ -186,6 +195,7 @@ def test_oracle_forward_and_gradients_float64(case, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", ["k", "0-k", "t-k", "b-t-k", "b-t-n-k", "k=d", "t=n=r", "n=1"])
 def test_oracle_rounding(case, dtype, device):
+    skip_without_products(dtype, device)
     check_rounding(implementation(), case, dtype, device)
 
 
@@ -512,7 +522,10 @@ def test_merge_keeps_dtype_and_requires_grad_and_casts_once():
     merged = m.merge(GATES)
     assert merged.weight.requires_grad and merged.weight.dtype == merged.bias.dtype == torch.bfloat16
     A, B = m.to_lora(GATES)
-    assert torch.equal(merged.weight, (m.base.weight.float() + 2.0 * B @ A).bfloat16())
+    expected = m.base.weight.float().addmm(B, A, alpha=2.0)
+    assert torch.equal(merged.weight, expected.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(m.merge(GATES).weight, merged.weight)
 
 
 def test_error_of_a_static_merge_is_the_one_in_the_docstring():
@@ -552,7 +565,9 @@ def test_merge_and_unmerge_a_model(as_dict):
         expected = layers[name].merge(gates[name] if as_dict else gates).weight
         assert torch.equal(model.get_submodule(name).weight, expected)
     assert (model(IDS) - before).abs().max() > 1e-3
+    model.eval()
     unmerge_hydralora(model, layers)
+    assert not any(m.training for m in model.modules())         # also those that were away
     assert torch.equal(model(IDS), before) and model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
@@ -574,6 +589,12 @@ def test_mean_gates_over_batches_and_masks():
     masked = mean_gates(model, [{"tokens": IDS}], masks=[mask])
     torch.testing.assert_close(masked["layers.0.q_proj"], first["layers.0.q_proj"][0, :4].mean(0))
     merge_hydralora(model, mean)                                # the shape that merge takes
+
+
+def test_mean_gates_counts_every_call_of_a_layer():
+    m, x = layer(6, 6), tokens(9, 6)
+    mean = mean_gates(nn.Sequential(m, m), [x])
+    torch.testing.assert_close(mean["0"], torch.cat([m.gates(x), m.gates(m(x))]).mean(0).float())
 
 
 def test_record_gates_sees_the_last_forward_and_leaves_no_hook():
@@ -667,7 +688,7 @@ def test_export_names_and_config():
 def test_train_and_eval_return_the_layer_and_repr_says_what_it_is():
     m = layer(lora_dropout=0.1)
     assert m.train() is m and m.eval() is m
-    for part in ("num_heads=4", "r=3", "lora_alpha=6", "p=0.1", "in_features=7", "k=7, n=4"):
+    for part in ("num_heads=4", "r=3", "lora_alpha=6", "p=0.1", "in_features=7"):
         assert part in repr(m)
 
 
@@ -695,6 +716,7 @@ def test_meta_device_and_back():
 @on_each_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_base_in_few_bits_with_an_adapter_in_float32(dtype, device):
+    skip_without_products(dtype, device)
     m, x = layer(dtype=dtype, device=device), tokens(9, K, dtype=dtype).to(device)
     assert {p.dtype for name, p in m.named_parameters() if "base" not in name} == {torch.float32}
     y = m(x)
@@ -707,6 +729,7 @@ def test_base_in_few_bits_with_an_adapter_in_float32(dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_to_dtype(dtype):
+    skip_without_products(dtype)
     m, x = layer(dtype=torch.float32).to(dtype), tokens(9, K, dtype=dtype)
     assert m(x).dtype == dtype and {p.dtype for p in m.parameters()} == {dtype}
     w = torch.softmax(F.linear(x, m.router.weight).to(torch.promote_types(dtype, torch.float32)), -1)
@@ -733,6 +756,7 @@ def test_compile_in_one_graph(router_input):
     assert m.lora_A.grad.abs().max() > 0
 
 
+@pytest.mark.skipif(not hasattr(torch, "export"), reason="this PyTorch has no torch.export")
 def test_export_program():
     m, x = layer().eval(), tokens(9, K)
     torch.testing.assert_close(torch.export.export(m, (x,)).module()(x), m(x))
@@ -796,7 +820,7 @@ def test_injection_changes_nothing_until_training_and_freezes_the_rest():
 def test_a_layer_under_two_names_gets_one_adapter():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared, shared])})
-    inject_hydralora(model, "a")
+    inject_hydralora(model, "b.1")
     assert model["a"] is model["b"][0] is model["b"][1] and isinstance(model["a"], HydraLoRALinear)
     assert list(hydralora_layers(model)) == ["a"]
     layers = merge_hydralora(model, torch.ones(3) / 3)
@@ -834,7 +858,7 @@ def altered_state(**changes):
 
 
 def parametrized():
-    return HydraLoRALinear(torch.nn.utils.parametrizations.weight_norm(nn.Linear(K, D)), num_heads=N)
+    return HydraLoRALinear(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(K, D)), num_heads=N)
 
 
 def packed(dtype=torch.uint8, shape=(D, K)):
@@ -855,16 +879,20 @@ BAD = {
     "dropout nan": (lambda: layer(lora_dropout=math.nan), r"lora_dropout must be in \[0, 1\), got nan"),
     "router_input": (lambda: layer(router_input="y"), "router_input must be 'x' or 'Ax', got 'y'"),
     "x": (lambda: layer()(tokens(2, 5)), r"x must have shape \(..., 7\), got \(2, 5\)"),
+    "x elsewhere": (lambda: layer().to("meta")(tokens(2, K)), "x must be on meta, the adapter's, got cpu"),
+    "model is the layer": (lambda: merge_hydralora(layer(), GATES), "model is itself the layer"),
+    "model is linear": (lambda: inject_hydralora(nn.Linear(2, 2), ""), "it has none"),
     "x 0-d": (lambda: layer()(torch.tensor(1.0)), r"x must have shape \(..., 7\), got \(\)"),
     "merge gates": (lambda: layer().merge(torch.ones(3)), r"gates must have shape \(4,\), got \(3,\)"),
     "to_lora gates": (lambda: layer().to_lora(torch.ones(1, 4)), r"shape \(4,\), got \(1, 4\)"),
     "merge packed": (lambda: packed().merge(GATES), "base.weight .* got Parameter .* of torch.uint8"),
-    "merge packed shape": (lambda: packed(torch.float32, (35, 1)).merge(GATES), r"\(5, 7\), got .*\(35, 1\)"),
+    "merge packed shape": (lambda: packed(torch.float32, (35, 1)).merge(GATES),
+                           r"\(5, 7\) to be merged, got .*\(35, 1\)"),
     "merge computed": (lambda: parametrized().merge(GATES), "plain floating-point Parameter"),
     "target": (lambda: inject_hydralora(TinyTransformer(TinyConfig()), ["q_proj", "qkv"]),
                "targets: 'qkv' matches no nn.Linear .* layers.0.q_proj, layers.0.k_proj"),
     "target partial": (lambda: inject_hydralora(TinyTransformer(TinyConfig()), "proj"), "'proj' matches no"),
-    "target none": (lambda: inject_hydralora(TinyTransformer(TinyConfig()), []), r"at least one .* got \[\]"),
+    "target none": (lambda: inject_hydralora(TinyTransformer(TinyConfig()), []), "at least one nn.Linear, got none"),
     "target no linear": (lambda: inject_hydralora(nn.Conv1d(2, 2, 1), "x"), "it has none"),
     "target twice": (lambda: inject_hydralora(tiny(), "q_proj"), "'q_proj' is injected already.*layers.0.q_proj"),
     "target inside": (lambda: inject_hydralora(tiny(), "q_proj.base"), "'q_proj.base' matches no nn.Linear"),
@@ -883,8 +911,6 @@ BAD = {
     "unmerge unmerged": (lambda: unmerge_hydralora(tiny(), merged_tiny()[1]), "no merged nn.Linear at"),
     "unmerge unknown": (lambda: unmerge_hydralora(merged_tiny()[0], {"z": layer()}), r"at \['z'\]"),
     "mean_gates empty": (lambda: mean_gates(tiny(), []), "batches: no token reached .*layers.0.q_proj"),
-    "mean_gates mask": (lambda: mean_gates(tiny(), [IDS], [torch.ones(3, 10)]),
-                        r"masks: 'layers.0.q_proj' needs shape \(3, 11\), got \(3, 10\)"),
     "mean_gates masks": (lambda: mean_gates(tiny(), [IDS, IDS], [torch.ones(3, 11)]), "shorter"),
     "state missing": (lambda: load_hydralora_state_dict(tiny(), altered_state(missing="layers.1.q_proj.lora_B")),
                       r"missing \['layers.1.q_proj.lora_B'\]"),
@@ -946,6 +972,7 @@ def test_num_heads_of_strings_and_seeds():
     assert n == 3 and len(sse) == 10 and sse[0] > sse[2] > 0
     assert num_heads_from_corpus(documents) == (n, sse)
     words = [[f"word{i}" for i in d] for d in documents]
+    assert num_heads_from_corpus([torch.tensor(d) for d in documents]) == (n, sse)
     assert num_heads_from_corpus(words) == num_heads_from_corpus([" ".join(d) for d in words]) == (n, sse)
 
 
@@ -956,6 +983,130 @@ def test_sse_of_a_case_by_hand():
     """
     n, sse = num_heads_from_corpus(["a", "b", "a a", "b b"], max_heads=3)
     np.testing.assert_allclose(sse, [2, 0, 0], atol=1e-6)
+
+
+# ---- The toy ---------------------------------------------------------------------------------
+
+
+def test_nmi_of_cases_by_hand():
+    domain = torch.arange(4).repeat(5)
+    sure = F.one_hot(domain, 4).float()[:, None]                    # a head for each domain
+    assert train_toy.nmi(sure, domain) == pytest.approx(1)
+    assert train_toy.nmi(sure.flip(-1), domain) == pytest.approx(1)
+    assert train_toy.nmi(torch.full((20, 1, 4), 0.25), domain) == pytest.approx(0, abs=1e-9)
+    pairs = F.one_hot(domain // 2, 4).float()[:, None]              # I = ln 2, H = ln 4 and ln 2
+    assert train_toy.nmi(pairs, domain) == pytest.approx(2 / 3)
+
+
+def test_bayes_accuracy_of_cases_by_hand():
+    c = train_toy.Corpus(0)
+    c.symbols = torch.full_like(c.symbols, 1 / train_toy.SYMBOLS)   # domains look alike ...
+    c.new = torch.stack([torch.arange(train_toy.SYMBOLS).roll(i) for i in range(train_toy.DOMAINS)])
+    tokens, _ = c.sample(20000, 0, c.new)       # ... so the first symbol is a guess among 4 ciphers,
+    expected = 1 - 0.75 / train_toy.LENGTH      # which it then gives away
+    assert c.bayes_accuracy(tokens) == pytest.approx(expected, abs=0.005)
+
+
+def test_labels_of_a_purity():
+    domain = torch.arange(4).repeat(5000)
+    for purity in (0, 0.5, 1):
+        kept = (train_toy.noisy_labels(domain, purity, 0) == domain).double().mean().item()
+        assert kept == pytest.approx(purity + (1 - purity) / 4, abs=0.01)
+
+
+def test_baselines_are_what_their_names_say():
+    torch.manual_seed(0)
+    model, ids = TinyTransformer(TinyConfig()), IDS[:, :8]
+    x = tokens(3, 8, 64, dtype=torch.float32)
+    fresh = lambda **arguments: train_toy.adapt(model, 0, n=4, **arguments).layers[1].o_proj
+    m = fresh(whole=True)
+    nn.init.normal_(m.lora_B)
+    expected, A = m.base(x), m.lora_A.unflatten(0, (4, train_toy.RANK))
+    for i in range(4):
+        expected = expected + m.gates(x)[..., i, None] * (x @ A[i].T @ m.lora_B[i].T) * 2.0
+    torch.testing.assert_close(m(x), expected)
+    m = fresh(gates="labels")
+    m.router.labels = torch.tensor([2, 0, 3])
+    assert torch.equal(m.gates(x), F.one_hot(m.router.labels, 4).float()[:, None].expand(3, 8, 4))
+    assert torch.equal(fresh(gates="fixed").gates(x), torch.full((3, 8, 4), 0.25))
+    assert torch.equal(fresh(gates="fixed").lora_A, fresh().lora_A)         # one start for all
+    lora = train_toy.adapt(model, 0, gates="fixed", r=22)
+    assert train_toy.trainable(lora) == train_toy.trainable(train_toy.adapt(model, 0, n=4)) == 5632
+
+
+@pytest.fixture
+def short_toy(monkeypatch, tmp_path):
+    """Runs the toy with few steps: options -> (exit code, what it wrote as JSON)."""
+    monkeypatch.setattr(train_toy, "PRETRAIN_STEPS", 40)
+    monkeypatch.setattr(train_toy, "STEPS", 40)
+
+    def go(*options):
+        file = tmp_path / "result.json"
+        monkeypatch.setattr(sys, "argv", ["train_toy.py", "--device", "cpu", "--json", str(file), *options])
+        return train_toy.main(), json.loads(file.read_text())
+    return go
+
+
+def test_toy_writes_what_it_measured_and_repeats_itself(short_toy, capsys):
+    code, result = short_toy()
+    assert code == 0 and {"config", "num_heads", "bayes_accuracy", "methods", "specialization", "merge",
+                          "specialized"} <= result.keys()
+    assert list(result["methods"]) == ["lora_equal", "lora_large", "hydralora", "lora_split_labels"]
+    for method in result["methods"].values():
+        assert method["accuracy"] == pytest.approx(sum(method["per_task"]) / 4, abs=0.02)
+        assert method["trainable"] > 0 and method["ms_per_step"] > 0
+    n = result["num_heads"]
+    assert n == 4 and 0.99 < result["bayes_accuracy"] < 1
+    assert result["methods"]["lora_equal"]["trainable"] == result["methods"]["hydralora"]["trainable"]
+    gates = np.array(result["specialization"]["gates"]["layers.1.o_proj"])
+    assert gates.shape == (4, n) and np.allclose(gates.sum(1), 1, atol=1e-5)
+    assert np.array(result["specialization"]["knockout"]).shape == (4, n)
+    assert set(result["merge"]) == {"routed", "mean", "per_task", "uniform"}
+    assert result["merge"]["routed"] == result["methods"]["hydralora"]["accuracy"]
+    assert result["merge_error"]["mean"] > result["merge_error"]["routed"] == 0
+    assert "Verdict" in capsys.readouterr().out
+    again = short_toy()[1]
+    for method in [*result["methods"].values(), *again["methods"].values()]:
+        del method["ms_per_step"]
+    assert again == result
+
+
+def test_toy_check_fails_where_the_heads_cannot_specialise(short_toy):
+    code, result = short_toy("--check", "--heads", "1", "--seed", "3")
+    assert code == 1 and result["num_heads"] == 1 and not result["specialized"]
+
+
+# ---- README ----------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_python_blocks_print_what_they_say(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+        if "transformers" in block and not importlib.util.find_spec("transformers"):
+            continue
+        capsys.readouterr()
+        exec(compile(block, "README.md", "exec"), namespace)
+        said = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+        promised = re.findall(r"^ *print\(.*\) +# (.*)$", block, re.M)
+        assert said[-len(promised):] == promised if promised else True, block
+
+
+def test_readme_names_exist():
+    """Every name in code type in the README's tables is in one of the three files."""
+    rows = [line for line in README.splitlines() if line.startswith("|")]
+    names = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert len(names) >= 35
+    options = (HERE / "train_toy.py").read_text(encoding="utf-8")
+    for name in names:
+        if name.startswith("--"):
+            assert f'add_argument("{name}"' in options, name
+        else:
+            owner, *attributes = name.split(".")
+            places = [p for p in (hydralora, train_toy, sys.modules[__name__]) if hasattr(p, owner)]
+            assert places and (not attributes or hasattr(getattr(places[0], owner), attributes[0])), name
 
 
 # ---- In real projects ------------------------------------------------------------------------
@@ -1011,7 +1162,7 @@ def test_transformers_injection_training_and_generation(name):
     inject_hydralora(model, targets, r=4)
     assert torch.equal(model(**inputs).logits, before)
     losses = fit(model.train(), inputs, 20, lr=3e-2)
-    assert losses[-1] < 0.95 * losses[0]
+    assert losses[-1] < 0.97 * losses[0]
     for key, value in model.state_dict().items():
         if key.replace(".base.", ".") in frozen:
             assert torch.equal(value, frozen[key.replace(".base.", ".")])
