@@ -462,6 +462,7 @@ def paper_runs(seed, device):
         models[name], results[name] = models[other], results[other]
     got = {name: 100 * result["accuracy"] for name, result in results.items()}
 
+    got |= {f"size {name}": results[name]["trainable"] for name in ("w/o hydra", "hydralora")}
     got["closed"] = 100 * e.closed(results["hydralora"], results["lora_equal"])
     for place, hydra, lora in [("o", "hydralora", "lora_equal"), *(
             (place, f"hydra on {place}", f"lora on {place}") for place, *_ in PLACES)]:
@@ -536,7 +537,8 @@ def paper(seeds, device):
          f"{max(abs(got['w/o gate'] - got['w/o MoE']) for got in runs):.2f} points of the LoRA r=8 above",
          always("w/o gate", "hydralora")),
         ("Figure 6: w/o hydra (whole LoRAs, a router) is worse", "worse",
-         f"without / full: {show('w/o hydra', 'hydralora')}", always("w/o hydra", "hydralora")),
+         f"without / full: {show('w/o hydra', 'hydralora')}, with {runs[0]['size w/o hydra']:,} / "
+         f"{runs[0]['size hydralora']:,} parameters", always("w/o hydra", "hydralora")),
         ("Figure 7: k-means on TF-IDF gives n", "yes",
          f"{DOMAINS} domains, n for seeds 0 to 9: {' '.join(map(str, found))}", found.count(DOMAINS) >= 9),
         ("Figure 8: not sensitive to n", "n=3 loses 0.42 to n=4",
@@ -631,8 +633,8 @@ def cost(device, rounds=15):
               + f"{saved['loop'] / 1e6:>9.1f}{'1/' + str(round(saved['loop'] / kept)):>9}{kept / bound:>9.2f}")
         rows.append(dict(tokens=tokens, width=width, r=r, n=n, device=card, seconds=median, saved_bytes=saved,
                          bound_bytes=bound))
-    print("\nTimes from LoRA r to loop are multiples of the frozen linear layer's. LoRA nr: LoRA of rank n r. loop: A x\n"
-          "and a (tokens, width) result for each head, the official code's way. Then Hydra is set against both.\n"
+    print("\nLoRA r to loop: time in units of the frozen linear layer's. LoRA nr: LoRA of rank n r. loop: A x and\n"
+          "a (tokens, width) result for each head, the official code's way. Then Hydra is set against both.\n"
           "MB: what autograd keeps for backward besides inputs and weights; bound: tokens x (r + n + n r) + n d r\n"
           "numbers, that is A x, the gates, their product, and one copy of the heads.")
     return dict(cost=rows)
@@ -646,8 +648,8 @@ GRID = (1e-2, 2e-2, 4e-2, 8e-2)
 
 def tune_runs(seed, device):
     e = Experiment(seed, device)
-    return {name: [100 * e.run(f"seed {seed}, {name}, lr {lr}", **arguments | dict(lr=lr))[1]["accuracy"] for lr in GRID]
-            for name, (_, arguments) in methods_for(e, DOMAINS).items()}
+    return {name: [100 * e.run(f"seed {seed}, {name}, lr {lr}", **arguments | dict(lr=lr))[1]["accuracy"]
+                   for lr in GRID] for name, (_, arguments) in methods_for(e, DOMAINS).items()}
 
 
 def tune(seeds, device):
