@@ -141,7 +141,7 @@ def adapt(pretrained, seed, *, n=1, r=RANK, gates="router", whole=False, same_A=
 
 def methods_for(e, n):
     """Everything that is compared: name -> (label, arguments of Experiment.run). Each learning
-    rate is the best of --tune's grid for its method, seeds 0 to 4."""
+    rate was chosen for its method on the grid of --tune."""
     def rank(targets=TARGETS):          # of the LoRA that has HydraLoRA's size
         return equal_rank(adapt(e.model, e.seed, n=n, targets=targets))
 
