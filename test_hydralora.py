@@ -1077,6 +1077,7 @@ def short_toy(monkeypatch, tmp_path):
     """Runs the toy with few steps: options -> (exit code, what it wrote as JSON)."""
     monkeypatch.setattr(train_toy, "PRETRAIN_STEPS", 40)
     monkeypatch.setattr(train_toy, "STEPS", 40)
+    monkeypatch.setattr(train_toy, "EVALUATION", 500)
 
     def go(*options):
         file = tmp_path / "result.json"

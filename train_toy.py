@@ -41,7 +41,7 @@ from hydralora import (
     unmerge_hydralora)
 
 DOMAINS, SYMBOLS, LENGTH = 4, 24, 10
-BATCH, PRETRAIN_STEPS, STEPS = 64, 600, 600
+BATCH, PRETRAIN_STEPS, STEPS, EVALUATION = 64, 600, 600, 2000    # the last in sequences
 TARGETS, RANK = ("o_proj",), 8
 # other places for the adapter, with the learning rates of HydraLoRA and LoRA there
 PLACES = (("q,v", ("q_proj", "v_proj"), 2e-2, 2e-2), ("up,down", ("up_proj", "down_proj"), 1e-2, 2e-2))
@@ -238,7 +238,7 @@ class Experiment:
         train(self.model, tokens.unflatten(0, (-1, BATCH)), 3e-3, device, "pre-training", from_position=0)
         self.train_tokens, self.train_domain = (
             t.unflatten(0, (STEPS, BATCH)) for t in c.sample(STEPS * BATCH, 1, c.new))
-        self.tokens, self.domain = c.sample(2000, 2, c.new)                 # for evaluation
+        self.tokens, self.domain = c.sample(EVALUATION, 2, c.new)
         self.bayes = c.bayes_accuracy(self.tokens)
 
     def run(self, what, lr, purity=None, **method):
@@ -683,7 +683,7 @@ def main():
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not options.cost:
-        torch.set_num_threads(1)    # the tensors are small, and now the result is the same for any number of cores
+        torch.set_num_threads(1)    # the tensors are small, and the result is the same for any number of cores
     if options.tune:
         result = tune(range(5), device)
     elif options.paper:
