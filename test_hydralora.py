@@ -113,7 +113,7 @@ CASES = {   # name: leading shape, k, d, r, n, bias, scale of the router's logit
     "k=d": ((5, 2), 6, 6, 2, 3, True, 1),
     "t=n=r": ((3,), 4, 5, 3, 3, True, 1),
     "n=1": ((3, 2), K, D, R, 1, True, 1),
-    "larger than a tile": ((2, 35), 70, 66, 17, 9, True, 1),
+    "larger than a tile": ((2, 35), 300, 66, 17, 9, True, 0.06),      # logits near 1: else gates hide the rest
     "logits-of-1000": ((6,), K, D, R, N, True, 1000),
 }
 ROUNDING = [(case, dtype) for case in CASES for dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -149,6 +149,8 @@ def run(function, tensors, scaling):
         assert isinstance(y, torch.Tensor), f"expected one tensor, got {type(y).__name__}"
         assert y.shape == grad_y.shape and y.dtype == grad_y.dtype
         y.backward(grad_y)
+        for name in trained:
+            assert inputs[name] is None or inputs[name].grad is not None, f"{name} has no gradient"
         return y.detach(), {name: inputs[name].grad for name in trained if inputs[name] is not None}
 
     def same(a, b):
@@ -156,12 +158,21 @@ def run(function, tensors, scaling):
         assert (a - b).norm() <= 16 * torch.finfo(grad_y.dtype).eps * max(b.norm(), 1), (a, b)
 
     y, grads = call(*tensors)
-    frozen_y, frozen_grads = call("A", "B", "Wg")
+    frozen_y, frozen_grads = call("x", "A", "B", "Wg")
     same(frozen_y, y)
     for name, gradient in frozen_grads.items():
         same(gradient, grads[name])
     with torch.no_grad():
-        same(function(**tensors, scaling=scaling), y)
+        kept = function(**tensors, scaling=scaling)
+        function(**tensors | {"x": 2 * tensors["x"]}, scaling=scaling)
+        same(kept, y)                                                       # no output buffer is shared
+    layers = [{name: t if t is None else (c * t).detach().requires_grad_() for name, t in tensors.items()}
+              for c in (1, 2)]
+    first, _ = (function(**inputs, scaling=scaling) for inputs in layers)   # two layers of one model
+    for _ in range(2):
+        first.backward(grad_y, retain_graph=True)
+    for name, gradient in grads.items():
+        same(layers[0][name].grad, 2 * gradient)
     for name, t in (tensors | {"grad_y": grad_y}).items():
         assert t is None or torch.equal(t, before[name]), f"{name} was changed in place"
     with torch.no_grad():
@@ -185,17 +196,23 @@ def check_exact(function, case, device="cpu"):
         assert max(found.values()) < 1e-10, found
 
 
-def check_rounding(function, case, dtype, device="cpu"):
-    """At most twice the error of the plain loop in the same dtype, over five draws."""
+def check_rounding(function, case, dtype, device="cpu", strict=False):
+    """The error against that of the plain loop in the same dtype, summed over five draws.
+
+    Where many roundings average out, and for hydralora.py itself (strict), at most twice the
+    loop's. Elsewhere a small case is a lottery: right functions that round in another order reach
+    2.7 times the loop's error (5 times with a backward by hand in bfloat16), so 4 times and 4 eps.
+    """
+    factor, slack = (2, 1 / 20) if strict or case == "larger than a tile" else (4, 4)
     found, allowed = {}, {}
     for seed in range(5):
         tensors, arrays = problem(case, dtype, device, seed)
-        expected = reference(**arrays, scaling=1.75)
+        expected = reference(**arrays, scaling=0.3)
         for into, f in ((found, function), (allowed, loop)):
-            for name, e in errors(run(f, tensors, 1.75), expected).items():
+            for name, e in errors(run(f, tensors, 0.3), expected).items():
                 into[name] = into.get(name, 0) + e
-    eps = torch.finfo(dtype).eps
-    assert all(found[name] <= 2 * allowed[name] + eps / 4 for name in found), (found, allowed)
+    slack *= 5 * torch.finfo(dtype).eps
+    assert all(found[name] <= factor * allowed[name] + slack for name in found), (found, allowed)
 
 
 def check_by_hand(function, device="cpu"):
@@ -284,6 +301,12 @@ def stale_heads(x, W0, bias, A, B, Wg, scaling, packed={}):
     return hydralora_forward(x, W0, bias, A, B + (first - B).detach(), Wg, scaling)
 
 
+def shared_output(x, W0, bias, A, B, Wg, scaling, buffers={}):
+    """Writes into one buffer for each shape in inference, as a captured graph does."""
+    y = hydralora_forward(x, W0, bias, A, B, Wg, scaling)
+    return y if torch.is_grad_enabled() else buffers.setdefault((y.shape, y.dtype), y.clone()).copy_(y)
+
+
 def top2(p):
     w = p.w * (p.w >= p.w.topk(min(2, p.n)).values[..., -1:])
     return p.s * mixed(w / w.sum(-1, keepdim=True), p.z, p.B)
@@ -300,8 +323,8 @@ MUTANTS = {
     "sigmoid for softmax": mutant(lambda p: p.s * mixed(F.linear(p.x, p.Wg).sigmoid(), p.z, p.B)),
     "exp without the maximum taken off": mutant(lambda p: p.s * mixed(
         (e := F.linear(p.x, p.Wg).exp()) / e.sum(-1, keepdim=True), p.z, p.B)),
-    "heads summed": mutant(lambda p: p.s * mixed(torch.ones_like(p.w), p.z, p.B)),
-    "uniform gates": mutant(lambda p: p.s * mixed(torch.ones_like(p.w) / p.n, p.z, p.B)),
+    "heads summed": mutant(lambda p: p.s * mixed(1 + 0 * p.w, p.z, p.B)),
+    "uniform gates": mutant(lambda p: p.s * mixed(1 / p.n + 0 * p.w, p.z, p.B)),
     "mixture divided by n": mutant(lambda p: p.s * mixed(p.w, p.z, p.B) / p.n),
     "argmax gates": mutant(lambda p: p.s * mixed(
         F.one_hot(p.w.argmax(-1), p.n).to(p.w) + p.w - p.w.detach(), p.z, p.B)),
@@ -329,18 +352,22 @@ MUTANTS = {
                           lambda x, W0, b: F.linear(x, W0) + (0 if b is None else b * 1.75)),
     "base not added": mutant(lambda p: p.s * mixed(p.w, p.z, p.B), lambda x, W0, b: 0 * F.linear(x, W0, b)),
     "base changed in place": mutant(lambda p: p.s * mixed(p.w, p.z, p.B),
-                                    lambda x, W0, b: F.linear(x.mul_(1.0 + 1e-9), W0, b)),
+                                    lambda x, W0, b: F.linear(x.data.mul_(1.0 + 1e-6), W0, b)),
     "a pair returned": lambda *a, **kw: (hydralora_forward(*a, **kw), 0.0),
-    "first 16 ranks only": lambda x, W0, b, A, B, Wg, scaling: hydralora_forward(
-        x, W0, b, A[:16], B[..., :16], Wg, scaling),
-    "no scaling for one token": lambda x, W0, b, A, B, Wg, scaling: hydralora_forward(
-        x, W0, b, A, B, Wg, 1.0 if x.dim() == 3 and x.shape[1] == 1 else scaling),
-    "scaling fixed at 1.75": lambda x, W0, b, A, B, Wg, scaling: hydralora_forward(x, W0, b, A, B, Wg, 1.75),
+    "first 16 ranks only": lambda x, W0, bias, A, B, Wg, scaling: hydralora_forward(
+        x, W0, bias, A[:16], B[..., :16], Wg, scaling),
+    "no scaling for one token": lambda x, W0, bias, A, B, Wg, scaling: hydralora_forward(
+        x, W0, bias, A, B, Wg, 1.0 if x.dim() == 3 and x.shape[1] == 1 else scaling),
+    "scaling fixed at 1.75": lambda x, W0, bias, A, B, Wg, scaling: hydralora_forward(x, W0, bias, A, B, Wg, 1.75),
     "one mixture for all tokens in inference": mutant(lambda p: p.s * mixed(
         p.w if torch.is_grad_enabled() else p.w.flatten(0, -2).mean(0).expand_as(p.w), p.z, p.B)),
-    "no gradient with a frozen base": lambda x, W0, b, A, B, Wg, scaling: hydralora_forward(
-        x, W0, b, A if W0.requires_grad else A.detach(), B, Wg, scaling),
+    "no gradient with a frozen base": lambda x, W0, bias, A, B, Wg, scaling: hydralora_forward(
+        x, W0, bias, A if W0.requires_grad else A.detach(), B, Wg, scaling),
+    "router's part of x's gradient lost with a frozen base": lambda x, W0, bias, A, B, Wg, scaling: (
+        F.linear(x, W0, bias) + hydralora_delta(x, A, B, softmax(
+            x if W0.requires_grad else x.detach(), Wg), scaling)),
     "heads packed once": stale_heads,
+    "output buffer shared": shared_output,
     "3-D input only": lambda x, *a, **kw: hydralora_forward(x.flatten(1, -2) if x.dim() > 3 else x, *a, **kw),
 }
 
@@ -348,8 +375,10 @@ MUTANTS = {
 def fails(check, *args):
     try:
         check(*args)
-    except Exception:
+    except AssertionError:
         return True
+    except Exception:       # a crash shows nothing about the oracle
+        return False
     return False
 
 
@@ -359,9 +388,34 @@ def test_wrong_implementation_fails_the_oracle(name):
     assert any(fails(check_rounding, MUTANTS[name], case, torch.float32) for case in CASES)
 
 
-def test_right_implementations_pass_the_oracle():
+def plain_softmax(x, W0, bias, A, B, Wg, scaling):
+    wz = softmax(x, Wg).unsqueeze(-1) * (F.linear(x, A) * scaling).unsqueeze(-2)
+    return F.linear(x, W0, bias) + F.linear(wz.flatten(-2), B.transpose(0, 1).flatten(1))
+
+
+RIGHT = {
+    "einsum": mutant(lambda p: p.s * mixed(p.w, p.z, p.B)),
+    "softmax in the dtype of x": plain_softmax,
+    "scaling folded into B": lambda x, W0, bias, A, B, Wg, scaling: plain_softmax(
+        x, W0, bias, A, B * scaling, Wg, 1.0),
+    "output not contiguous": lambda x, *a, **kw: (
+        y.mT.contiguous().mT if (y := plain_softmax(x, *a, **kw)).dim() > 1 else y),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_implementation_passes_the_oracle(name):
     for case in CASES:
-        check_exact(mutant(lambda p: p.s * mixed(p.w, p.z, p.B)), case)
+        check_exact(RIGHT[name], case)
+    for case, dtype in ROUNDING:
+        if dtype != torch.float16:
+            check_rounding(RIGHT[name], case, dtype)
+
+
+@pytest.mark.parametrize("case, dtype", ROUNDING, ids=str)
+def test_rounding_of_hydralora_forward_is_at_most_twice_the_loops(case, dtype):
+    skip_without_products(dtype)
+    check_rounding(hydralora_forward, case, dtype, strict=True)
 
 
 # ---- The layer is that function --------------------------------------------------------------
