@@ -12,6 +12,7 @@ The oracle, written from the equations as loops over tokens and heads, also chec
 runs it on any function with the signature of hydralora.hydralora_forward, on HYDRALORA_DEVICE
 if that is set. Add `and not float64` to the -k expression for a kernel without float64.
 """
+import collections
 import copy
 import importlib.util
 import io
@@ -249,7 +250,7 @@ def test_oracle_by_hand(device):
 def test_oracle_gradcheck_float64(device):
     tensors, _ = problem("b-t-k", torch.float64, device)
     inputs = [t.requires_grad_() for name, t in tensors.items() if name != "grad_y"]
-    assert torch.autograd.gradcheck(lambda *a: implementation()(*a, 1.75), inputs)
+    assert torch.autograd.gradcheck(lambda *a: implementation()(*a, 1.75), inputs, nondet_tol=1e-9)
 
 
 def test_reference_agrees_with_the_case_by_hand():
@@ -453,6 +454,36 @@ def test_router_on_Ax_is_the_printed_shape_of_Wg():
     torch.testing.assert_close(m(x), m.base(x) + hydralora_delta(x, m.lora_A, m.lora_B, w, 2.0))
 
 
+def test_defaults_and_the_base_itself():
+    base = nn.Linear(2, 2)
+    m = HydraLoRALinear(base)
+    assert (m.num_heads, m.r, m.lora_alpha, m.lora_dropout.p, m.router_input) == (3, 8, 16, 0.0, "x")
+    assert m.base is base and m.weight is base.weight and m.bias is base.bias
+
+
+def test_base_is_called_not_copied_by_formula():
+    class Twice(nn.Linear):         # as quantised layers are: a forward of its own
+        def forward(self, x):
+            return 2 * super().forward(x)
+    base, x = Twice(K, D), tokens(9, K, dtype=torch.float32)
+    assert torch.equal(HydraLoRALinear(base)(x), base(x))
+
+
+@pytest.mark.parametrize("router_input", ["x", "Ax"])
+def test_router_sees_no_dropout_and_A_gets_its_gradient(router_input):
+    m, x = layer(lora_dropout=0.5, router_input=router_input), tokens(50, K)
+    with record_gates(m.train()) as gates:
+        m(x)
+    assert torch.equal(gates[""], m.eval().gates(x))
+    assert torch.autograd.gradcheck(lambda *p: m(x[:3]), [m.lora_A, m.lora_B, m.router.weight])
+
+
+def test_start_is_kaiming_uniform():
+    m = layer(256, 8, r=16, num_heads=16, random_heads=False)
+    for p in (m.lora_A, m.router.weight):                       # U(-b, b), b = 1 / sqrt(k)
+        assert 0.97 / 16 < p.abs().max() <= 1 / 16 and abs(p.std() * 16 * 3**0.5 - 1) < 0.05
+
+
 def test_shapes_in_the_comments_hold():
     m, x = layer(), tokens(2, 9, K)
     assert (m.lora_A.shape, m.lora_B.shape, m.router.weight.shape) == ((R, K), (N, D, R), (N, K))
@@ -491,8 +522,6 @@ def test_update_is_zero_at_the_start_and_only_the_heads_have_a_gradient():
     m(x).square().sum().backward()
     assert m.lora_A.grad.abs().max() == 0 and m.router.weight.grad.abs().max() == 0
     assert all(head.abs().max() > 0 for head in m.lora_B.grad)
-    assert m.lora_A.abs().max() <= 1 / math.sqrt(K) and m.lora_A.std() > 0.1    # Kaiming, a = sqrt 5
-    assert m.router.weight.abs().max() <= 1 / math.sqrt(K) and m.router.weight.std() > 0.1
 
 
 def test_one_head_is_lora():
@@ -515,8 +544,10 @@ def test_saturated_router_is_one_head():
 
 
 def test_fixed_mixture_is_the_lora_of_to_lora():
-    m, x, gates = layer(), tokens(9, K), torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    m, x, gates = layer(), tokens(9, K), torch.tensor([0.1, -0.2, 0.3, 0.4], dtype=torch.float64)
     A, B = m.to_lora(gates)
+    assert not A.requires_grad and not B.requires_grad
+    assert {t.dtype for t in layer(dtype=torch.bfloat16).bfloat16().to_lora(gates)} == {torch.float32}
     delta = hydralora_delta(x, m.lora_A, m.lora_B, gates.expand(9, N), 2.0)
     torch.testing.assert_close(delta, 2.0 * x @ A.T @ B.T, rtol=0, atol=1e-12)
     A.zero_(), B.zero_()                                        # copies, not the layer's own
@@ -689,6 +720,44 @@ def test_mean_gates_counts_every_call_of_a_layer():
     torch.testing.assert_close(mean["0"], torch.cat([m.gates(x), m.gates(m(x))]).mean(0).float())
 
 
+def test_mean_gates_counts_each_layer():
+    m, other, x = layer(6, 6), layer(6, 6), tokens(9, 6)
+    mean = mean_gates(nn.Sequential(m, m, other), [x])
+    torch.testing.assert_close(mean["2"], other.gates(m(m(x))).mean(0).float())
+    m.spare = layer(6, 6)
+    with pytest.raises(ValueError, match=r"no token reached \['0.spare'\]"):
+        mean_gates(nn.Sequential(m), [x])
+
+
+def test_mean_gates_in_eval_mode_of_any_mapping():
+    model = tiny(lora_dropout=0.5).train()
+    twin = copy.deepcopy(model).eval()
+    with record_gates(twin) as gates:
+        twin(IDS)
+    for name, w in mean_gates(model, [collections.UserDict(tokens=IDS)]).items():
+        torch.testing.assert_close(w, gates[name].flatten(0, 1).mean(0))
+        assert not w.requires_grad
+
+
+def test_errors_leave_no_hook_and_no_mode():
+    model = tiny().train()
+    with pytest.raises(IndexError):
+        mean_gates(model, [IDS + 999])
+    with pytest.raises(KeyError), record_gates(model):
+        raise KeyError
+    assert all(m.training and not m._forward_hooks for m in model.modules())
+
+
+def test_merge_is_all_or_nothing_and_keeps_the_mode():
+    model = tiny().train()
+    logits, gates = model(IDS), dict.fromkeys(hydralora_layers(model), GATES)
+    with pytest.raises(ValueError):
+        merge_hydralora(model, gates | {"layers.1.v_proj": torch.ones(3)})
+    assert len(hydralora_layers(model)) == 4 and torch.equal(model(IDS), logits)
+    merge_hydralora(model, gates)
+    assert all(m.training for m in model.modules())
+
+
 def test_record_gates_sees_the_last_forward_and_leaves_no_hook():
     model = tiny()
     with record_gates(model) as gates:
@@ -767,6 +836,9 @@ def test_export_names_and_config():
     assert json.loads(json.dumps(config)) == config
     pattern = re.compile(config["target_modules"])
     assert pattern.fullmatch("layers.1.q_proj") and not pattern.fullmatch("layers.0.q_proj")
+    assert not pattern.fullmatch("layers.1xq_proj")
+    config_of_one = export_lora(tiny(["layers.1.q_proj"]), GATES)[1]
+    assert (config_of_one["r"], config_of_one["lora_alpha"]) == (R, 16)
     assert not pattern.fullmatch("encoder.layers.1.q_proj")
     for name, m in hydralora_layers(model).items():
         A, B = (state[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
@@ -780,7 +852,7 @@ def test_export_names_and_config():
 def test_train_and_eval_return_the_layer_and_repr_says_what_it_is():
     m = layer(lora_dropout=0.1)
     assert m.train() is m and m.eval() is m
-    for part in ("num_heads=4", "r=3", "lora_alpha=6", "p=0.1", "in_features=7"):
+    for part in ("num_heads=4", "r=3", "lora_alpha=6", "router_input='x'", "p=0.1", "in_features=7"):
         assert part in repr(m)
 
 
@@ -800,7 +872,11 @@ def test_copies_and_state_dict():
 def test_meta_device_and_back():
     m = layer().to("meta")
     assert m(torch.empty(2, K, device="meta", dtype=torch.float64)).shape == (2, D)
+    assert all(p.is_meta for p in layer(device="meta").parameters())
     m = m.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in m.parameters():
+            p.fill_(math.nan)
     m.reset_parameters()
     assert m.lora_B.abs().max() == 0 and m.lora_A.std() > 0.1 and m.router.weight.std() > 0.1
 
@@ -921,6 +997,22 @@ def test_a_layer_under_two_names_gets_one_adapter():
     assert model["a"] is model["b"][0] is model["b"][1] is layers["a"]
 
 
+def test_a_layer_that_is_called_base_and_targets_that_are_used_up():
+    model = nn.ModuleDict({"a": nn.ModuleDict({"base": nn.Linear(2, 2)})})
+    assert list(hydralora_layers(inject_hydralora(model, (t for t in ["base"])))) == ["a.base"]
+
+
+def test_tiny_transformer_by_its_parts():
+    torch.manual_seed(0)
+    model = TinyTransformer(TinyConfig())
+    nn.init.normal_(model.norm.weight)
+    for block in model.layers:              # blocks that add nothing
+        for p in (block.o_proj.weight, block.down_proj.weight, block.down_proj.bias):
+            nn.init.zeros_(p)
+    h = model.token_embedding.weight[IDS] + model.position_embedding.weight[:11]
+    torch.testing.assert_close(model(IDS), F.layer_norm(h, (64,), model.norm.weight) @ model.lm_head.weight.T)
+
+
 def test_tiny_transformer_is_causal():
     torch.manual_seed(0)
     model, other = TinyTransformer(TinyConfig()), IDS.clone()
@@ -1013,10 +1105,16 @@ BAD = {
     "official key": (lambda: from_official_state_dict({"q.weight": torch.zeros(1)}), "'q.weight' is no key"),
     "official gap": (lambda: from_official_state_dict(official("lora_A", "lora_route", "lora_B0", "lora_B2")),
                      "'q' needs .* got .*lora_B2"),
-    "official no router": (lambda: from_official_state_dict(official("lora_A", "lora_B0")), "'q' needs"),
+    "official no router": (lambda: from_official_state_dict(official("lora_A", "lora_B0", "lora_B1")), "'q' needs"),
+    "official no heads": (lambda: from_official_state_dict(official("lora_A", "lora_route")), "'q' needs"),
+    "official bias": (lambda: from_official_state_dict({"q.lora_A.bias": torch.zeros(2)}), "'q.lora_A.bias' is no"),
     "documents": (lambda: num_heads_from_corpus([[1], [2]], max_heads=3), "number of documents, 2, got 3"),
     "max_heads": (lambda: num_heads_from_corpus([[1], [2]], max_heads=0), "max_heads must be .* got 0"),
 }
+
+
+if hasattr(torch, "float8_e4m3fn"):
+    BAD["merge float8"] = lambda: packed(torch.float8_e4m3fn).merge(GATES), "float8"
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -1065,7 +1163,52 @@ def test_num_heads_of_strings_and_seeds():
     assert num_heads_from_corpus(documents) == (n, sse)
     words = [[f"word{i}" for i in d] for d in documents]
     assert num_heads_from_corpus([torch.tensor(d) for d in documents]) == (n, sse)
-    assert num_heads_from_corpus(words) == num_heads_from_corpus([" ".join(d) for d in words]) == (n, sse)
+    assert num_heads_from_corpus(words) == num_heads_from_corpus(["  ".join(d) + "\n" for d in words]) == (n, sse)
+
+
+@pytest.mark.parametrize("gains, n, sharpness", [
+    ([40, 20, 4, 4, 4, 4], 3, 5),                   # by a factor, not by a difference
+    ([10, 1, 8, 4, 4, 4], 4, 2),                    # over every later gain, not the next alone
+    ([12, 3, 6, 1, 1, 5], 2, 2),                    # also over the three after max_heads
+    ([50, 1e-5, 1e-9, 0, 0, 0], 2, 50 / 1e-4)])     # rounding alone is no gain
+def test_elbow_by_hand(gains, n, sharpness, monkeypatch):
+    sse = [100 - sum(gains[:i]) for i in range(7)]
+    monkeypatch.setattr(hydralora, "_k_means_sse", lambda vectors, K, generator: sse[K - 1])
+    found = hydralora._elbow([[i] for i in range(20)], 4, 0)
+    assert found[0] == n and found[1] == pytest.approx(sharpness) and found[2] == sse[:4]
+
+
+def test_control_is_the_same_tokens_dealt_anew_and_must_be_exceeded_by_half(monkeypatch):
+    seen = []
+
+    def elbow(sharpness):
+        results = iter([(3, sharpness, [1.0]), (2, 2.0, [1.0])])
+        return lambda documents, max_heads, seed: (seen.append(documents), next(results))[1]
+
+    documents = [list(range(i, i + 7)) for i in range(20)]
+    for sharpness, seed, n in ((3.01, 1, 3), (2.99, 1, 1), (3.01, 2, 3)):
+        monkeypatch.setattr(hydralora, "_elbow", elbow(sharpness))
+        assert num_heads_from_corpus(documents, seed=seed)[0] == n
+    one, again, other = seen[1::2]
+    assert one == again != other and [len(d) for d in one] == [7] * 20
+    assert sorted(sum(one, [])) == sorted(sum(documents, []))
+
+
+def test_tf_idf_by_hand():
+    a, b = 2 * (1 + math.log(3 / 2)), 1             # a in one of two documents, b in both
+    expected = torch.tensor([[a, b], [0, 1]]) / torch.tensor([[math.hypot(a, b)], [1]])
+    torch.testing.assert_close(hydralora._tf_idf([list("aab"), ["b"]]), expected)
+    assert hydralora._tf_idf([[], ["a"]]).tolist() == [[0], [1]]
+
+
+def test_k_means_converges_and_its_starts_find_far_groups():
+    generator = lambda: torch.Generator().manual_seed(0)
+    points = torch.randn(60, 2, generator=generator())
+    assert hydralora._k_means_sse(points, 6, generator()) == pytest.approx(
+        hydralora._k_means_sse(points, 6, generator(), steps=200), rel=1e-3)
+    blob = 0.01 * torch.randn(409, 2, generator=generator())
+    blob[400:] *= 10000                             # nine points far off
+    assert hydralora._k_means_sse(blob, 10, generator()) < 10
 
 
 def test_sse_of_a_case_by_hand():
