@@ -1272,8 +1272,8 @@ def test_baselines_are_what_their_names_say():
 @pytest.fixture
 def short_toy(monkeypatch, tmp_path):
     """Runs the toy with few steps: options -> (exit code, what it wrote as JSON)."""
-    monkeypatch.setattr(train_toy, "PRETRAIN_STEPS", 40)
-    monkeypatch.setattr(train_toy, "STEPS", 40)
+    monkeypatch.setattr(train_toy, "PRETRAIN_STEPS", 15)
+    monkeypatch.setattr(train_toy, "STEPS", 15)
     monkeypatch.setattr(train_toy, "EVALUATION", 500)
 
     def go(*options):
