@@ -560,11 +560,6 @@ def test_averaging_outputs_is_averaging_weights_for_each_token():
         torch.testing.assert_close(m(token), m.merge(w)(token), rtol=0, atol=1e-12)
 
 
-class UniformGates(nn.Module):
-    def forward(self, x):
-        return x.new_full((*x.shape[:-1], N), 1 / N)
-
-
 def trained(m, steps=50, lr=1e-2):
     optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=lr, eps=1e-30)
     x, target = tokens(64, K), tokens(64, D, seed=2)
@@ -578,7 +573,7 @@ def trained(m, steps=50, lr=1e-2):
 def test_uniform_gates_stay_one_lora_and_routed_heads_separate():
     start = layer(random_heads=False)
     uniform, lora = copy.deepcopy(start), layer(random_heads=False, num_heads=1)
-    uniform.router = UniformGates()
+    uniform.router = train_toy.FixedGates(N)
     lora.lora_A.data.copy_(start.lora_A)
     trained(uniform), trained(lora), trained(start)
     assert torch.equal(uniform.lora_B, uniform.lora_B[:1].expand_as(uniform.lora_B))
@@ -837,9 +832,9 @@ def test_export_names_and_config():
     pattern = re.compile(config["target_modules"])
     assert pattern.fullmatch("layers.1.q_proj") and not pattern.fullmatch("layers.0.q_proj")
     assert not pattern.fullmatch("layers.1xq_proj")
+    assert not pattern.fullmatch("encoder.layers.1.q_proj")
     config_of_one = export_lora(tiny(["layers.1.q_proj"]), GATES)[1]
     assert (config_of_one["r"], config_of_one["lora_alpha"]) == (R, 16)
-    assert not pattern.fullmatch("encoder.layers.1.q_proj")
     for name, m in hydralora_layers(model).items():
         A, B = (state[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
         scaling = config["alpha_pattern"][f"^{re.escape(name)}"] / config["rank_pattern"][f"^{re.escape(name)}"]
@@ -1251,7 +1246,7 @@ def test_labels_of_a_purity():
 
 def test_baselines_are_what_their_names_say():
     torch.manual_seed(0)
-    model, ids = TinyTransformer(TinyConfig()), IDS[:, :8]
+    model = TinyTransformer(TinyConfig())
     x = tokens(3, 8, 64, dtype=torch.float32)
     fresh = lambda **arguments: train_toy.adapt(model, 0, n=4, **arguments).layers[1].o_proj
     m = fresh(whole=True)
@@ -1466,12 +1461,12 @@ def test_safetensors_round_trip(tmp_path):
     assert torch.equal(fresh(IDS), model(IDS))
 
 
-# Two processes on the loopback interface; rank 0 compares with one process.
+# Two processes on the loopback interface; each compares with one process.
 
 WORKER = '''
-import copy, os, sys, torch, torch.distributed as dist
+import sys, torch, torch.distributed as dist
 sys.path.insert(0, {here!r})
-from test_hydralora import IDS, F, hydralora_state_dict, tiny
+from test_hydralora import IDS, F, tiny
 rank, mode = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method={rendezvous!r}, rank=rank, world_size=2)

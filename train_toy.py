@@ -19,6 +19,7 @@ see the same batches in the same order, for the same steps, with the same schedu
 (lora_alpha = 2 r) and search for the learning rate.
 """
 import argparse
+import contextlib
 import copy
 import itertools
 import json
@@ -91,12 +92,20 @@ class Corpus:
 class FixedGates(nn.Module):
     """1/n for every head: LoRA where n = 1, else the ablation "w/o gate" of Figure 6."""
 
+    def __init__(self, n):
+        super().__init__()
+        self.n = n
+
     def forward(self, x):
         return x.new_full((*x.shape[:-1], self.n), 1 / self.n)
 
 
 class LabelGates(nn.Module):
-    """One head for each domain, named by a label for each sequence, set from outside."""
+    """One head for each domain, named by a label for each sequence; see set_labels."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.n = n
 
     def forward(self, x):
         return F.one_hot(self.labels, self.n).to(x).unsqueeze(1).expand(*x.shape[:-1], self.n)
@@ -108,7 +117,7 @@ class WholeLoRAs(HydraLoRALinear):
     def __init__(self, base, **arguments):
         super().__init__(base, **arguments)
         self.lora_A = nn.Parameter(torch.empty(self.num_heads * self.r, base.in_features))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.reset_parameters()
 
     def forward(self, x):
         z = F.linear(x, self.lora_A).unflatten(-1, (self.num_heads, self.r))    # (..., n, r)
@@ -134,8 +143,7 @@ def adapt(pretrained, seed, *, n=1, r=RANK, gates="router", whole=False, same_A=
         if same_A:
             layer.lora_A.data.copy_(layer.lora_A[:r].repeat(n, 1))
         if gates != "router":
-            layer.router = FixedGates() if gates == "fixed" else LabelGates()
-            layer.router.n = n
+            layer.router = FixedGates(n) if gates == "fixed" else LabelGates(n)
     return model
 
 
@@ -297,9 +305,8 @@ def knockout(model, name, x, domain, per_task):
         def without(router, inputs, w):
             rest = w * (torch.arange(w.shape[-1], device=w.device) != head)
             return rest / rest.sum(-1, keepdim=True).clamp_min(1e-9)
-        hook = layer.router.register_forward_hook(without)
-        left = accuracy(logits_of(model, x), x, domain)[1]
-        hook.remove()
+        with layer.router.register_forward_hook(without):
+            left = accuracy(logits_of(model, x), x, domain)[1]
         lost.append([before - after for before, after in zip(per_task, left)])
     return [list(row) for row in zip(*lost)]                                # domain by head
 
@@ -324,12 +331,11 @@ def merged(model, gates, tokens):
 
 def held(model, gates, tokens):
     """Logits of the model, not merged, with every router's output replaced by these gates."""
-    hooks = [layer.router.register_forward_hook(lambda router, inputs, w, name=name: gates[name].expand_as(w))
-             for name, layer in hydralora_layers(model).items()]
-    logits = logits_of(model, tokens)
-    for hook in hooks:
-        hook.remove()
-    return logits
+    with contextlib.ExitStack() as hooks:
+        for name, layer in hydralora_layers(model).items():
+            hooks.enter_context(layer.router.register_forward_hook(
+                lambda router, inputs, w, name=name: gates[name].expand_as(w)))
+        return logits_of(model, tokens)
 
 
 def merge_in_each_way(e, model):
@@ -447,6 +453,7 @@ def main_run(seed, heads, device):
 
 PURITIES = (1, 0.95, 0.9, 0.8, 0.5, 0)      # share of labels kept; the others are drawn at random
 HEADS = (2, 3, 4, 6, 8)
+
 
 def paper_runs(seed, device):
     """Every number that the table needs, for one seed."""
@@ -594,8 +601,8 @@ def saved_bytes(function, inputs):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = function()
-    return sum(kept.values()), y
+        function()
+    return sum(kept.values())
 
 
 def cost(device, rounds=15):
@@ -624,7 +631,7 @@ def cost(device, rounds=15):
                     getattr(torch, device).synchronize()
                 times[name].append(time.perf_counter() - start)
         median = {name: statistics.median(t[2:]) for name, t in times.items()}
-        saved = {name: saved_bytes(f, (x, W0, A, B, Wg, A1, B1, An, Bn))[0] for name, f in functions.items()}
+        saved = {name: saved_bytes(f, (x, W0, A, B, Wg, A1, B1, An, Bn)) for name, f in functions.items()}
         bound = 4 * (tokens * (r + n + n * r) + n * width * r)
         hydra, kept = median["hydralora"], saved["hydralora"]
         print(f"{f'{tokens}, {width}, {r}, {n}':<21}{1000 * median['linear']:>6.1f} ms"
@@ -641,7 +648,6 @@ def cost(device, rounds=15):
 
 
 # ---- --tune ----------------------------------------------------------------------------------
-
 
 GRID = (1e-2, 2e-2, 4e-2, 8e-2)
 
