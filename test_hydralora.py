@@ -1228,6 +1228,15 @@ def test_nmi_of_cases_by_hand():
     assert train_toy.nmi(pairs, domain) == pytest.approx(2 / 3)
 
 
+def test_gates_as_far_as_the_symbol_alone_gives_them():
+    domain = torch.arange(4).repeat_interleave(24)
+    plain = torch.arange(24).repeat(4)[:, None]                     # each domain has each symbol once
+    by_symbol = F.one_hot(plain % 4, 4).float()
+    torch.testing.assert_close(train_toy.of_symbol_alone(by_symbol, plain), by_symbol)
+    by_domain = F.one_hot(domain, 4).float()[:, None]
+    torch.testing.assert_close(train_toy.of_symbol_alone(by_domain, plain), torch.full((96, 1, 4), 0.25))
+
+
 def test_bayes_accuracy_of_cases_by_hand():
     c = train_toy.Corpus(0)
     c.symbols = torch.full_like(c.symbols, 1 / train_toy.SYMBOLS)   # domains look alike ...
