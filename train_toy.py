@@ -10,6 +10,8 @@
     python train_toy.py --cost      time and memory of the layer, half a minute
     python train_toy.py --tune      the search for the learning rates, about forty minutes
 
+The first gives 98.0 % for HydraLoRA, 96.8 % for a LoRA of its size, and NMI 0.50 in the second layer.
+
 The corpus: DOMAINS domains, each with its own distribution over SYMBOLS symbols and its own
 cipher, a permutation of the symbols. A sequence is LENGTH symbols of one domain, a separator,
 and the same symbols enciphered. Domains look different and conflict: the same symbol must
