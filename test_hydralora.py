@@ -1316,6 +1316,32 @@ def test_toy_check_fails_where_the_heads_cannot_specialise(short_toy):
     assert code == 1 and result["num_heads"] == 1 and not result["specialized"]
 
 
+def test_toy_paper_and_tune_fill_their_tables(short_toy, monkeypatch, capsys):
+    for name, value in dict(PRETRAIN_STEPS=1, STEPS=1, EVALUATION=60, GRID=(1e-2,)).items():
+        monkeypatch.setattr(train_toy, name, value)
+    monkeypatch.setattr(train_toy, "num_heads_from_corpus", lambda documents, seed: (4, []))
+    monkeypatch.setattr(train_toy, "for_each_seed", lambda function, seeds, device: [
+        function(seed, device) for seed in list(seeds)[:2]])
+    code, result = short_toy("--paper")
+    printed = capsys.readouterr().out
+    assert code == 0 and len(result["paper"]) == 18
+    for row in result["paper"]:
+        assert row["claim"].split()[0] in printed and row["reproduced"] in (True, False, None)
+    values = {row["claim"]: row["reproduced"] for row in result["paper"]}
+    assert values["%Param of LLaMA2-7B, r=8: n=3 (Table 2), n=10 (Table 3)"] is True
+    assert all(got["spread w/o gate"] == 0 for got in result["runs"])
+    tuned = short_toy("--tune")[1]["runs"][0]
+    assert tuned.keys() == train_toy.methods_for(train_toy.Experiment(0, "cpu"), 4).keys()
+
+
+def test_bytes_kept_for_backward_are_those_that_the_gradient_needs(short_toy, monkeypatch):
+    monkeypatch.setattr(train_toy.cost, "__defaults__", (1, 0))
+    for row in short_toy("--cost")[1]["cost"]:
+        saved = row["saved_bytes"]
+        assert saved["linear"] == 0 and 40 * saved["hydralora"] < saved["loop"]
+        assert row["bound_bytes"] <= saved["hydralora"] < 1.01 * row["bound_bytes"]
+
+
 # ---- README ----------------------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
