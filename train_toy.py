@@ -520,7 +520,8 @@ def paper(seeds, device):
     found = [num_heads_from_corpus(c.sample(600, 1, c.new)[0].tolist(), seed=seed)[0] for seed, c in corpora]
 
     def spread(values, digits=2):
-        return f"{statistics.mean(values):.{digits}f} +- {statistics.stdev(values):.{digits}f}"
+        mean = round(statistics.mean(values), digits) + 0.0     # no -0.00
+        return f"{mean:.{digits}f} +- {statistics.stdev(values):.{digits}f}"
 
     def show(*names, digits=2):
         return " / ".join(spread([got[name] for got in runs], digits) for name in names)
@@ -531,7 +532,7 @@ def paper(seeds, device):
     def ahead(high, low, what):
         """What the toy shows of the claim that high is above low, and whether it is."""
         differences = [got[high] - got[low] for got in runs]
-        return f"{what}: {show(high, low)}; by {spread(differences)}", verdict([d > 0 for d in differences])
+        return f"{what}: {show(high, low)}; difference {spread(differences)}", verdict([d > 0 for d in differences])
 
     def sizes(name):
         return f"full / without, {runs[0]['size hydralora']:,} / {runs[0][f'size {name}']:,} parameters"
@@ -565,8 +566,8 @@ def paper(seeds, device):
          verdict([got["hydralora"] > got[split] for got in runs for split in splits.values()])),
         ("Figure 6: w/o MoE (a LoRA r=8) is worse", "worse", *ahead("hydralora", "w/o MoE", sizes("w/o MoE"))),
         ("Figure 6: w/o gate (gates 1/n) is worse", "worse", *ahead(
-            "hydralora", "w/o gate", "equal gates and zero B give all heads one gradient: they end "
-            f"{apart:.0e} apart, and the model within {moved:.2f} points of the LoRA r=8 above. Full / without")),
+            "hydralora", "w/o gate", "equal gates and zero B give all heads one gradient: in the end they differ "
+            f"by {apart:.1g}, and the model by at most {moved:.2f} points from the LoRA r=8 above. Full / without")),
         ("Figure 6: w/o hydra (whole LoRAs, a router) is worse", "worse",
          *ahead("hydralora", "w/o hydra", sizes("w/o hydra"))),
         ("... also at HydraLoRA's size", "-", *ahead("hydralora", "w/o hydra, small", sizes("w/o hydra, small"))),
@@ -584,7 +585,7 @@ def paper(seeds, device):
          + show(*(f"merged {way}" for way in ("routed", "mean", "per_task", "uniform"))),
          verdict([got["merged mean"] > got["merged routed"] - 1 for got in runs])),
         *((f"Ahead of LoRA at its size with adapters on {place}", note,
-           f"by / NMI: {show(f'gain on {place}', f'nmi on {place}')}",
+           f"gain / NMI: {show(f'gain on {place}', f'nmi on {place}')}",
            verdict([got[f"gain on {place}"] > 0 for got in runs]))
           for place, note in (("o", "-"), ("q,v", "the paper's place"), ("up,down", "the script's place, less gate")))]
     print(f"Accuracy in percent, mean +- standard deviation over seeds {', '.join(map(str, seeds))}. The paper's\n"
