@@ -1237,6 +1237,26 @@ def test_gates_as_far_as_the_symbol_alone_gives_them():
     torch.testing.assert_close(train_toy.of_symbol_alone(by_domain, plain), torch.full((96, 1, 4), 0.25))
 
 
+def test_distance_and_knockout_of_cases_by_hand():
+    heads = torch.eye(3).view(3, 1, 3)
+    assert train_toy.distance(heads) == pytest.approx(1) and train_toy.distance(heads[:1]) == 0
+    assert train_toy.distance(heads[:1].repeat(4, 2, 1)) == pytest.approx(0, abs=1e-6)
+    c = train_toy.Corpus(0)
+    x, domain = c.sample(200, 2, c.new)
+    model = TinyTransformer(TinyConfig(vocab_size=train_toy.SYMBOLS + 1))
+    frozen = train_toy.accuracy(train_toy.logits_of(model, x), x, domain)[1]
+    model, name = train_toy.adapt(model, 0, n=2), "layers.1.o_proj"
+    B = hydralora_layers(model)[name].lora_B.data
+    nn.init.normal_(B[0])                               # head 0 acts, head 1 is zero
+    per_task = train_toy.accuracy(train_toy.logits_of(model, x), x, domain)[1]
+    lost = np.array(train_toy.knockout(model, name, x, domain, per_task))
+    np.testing.assert_allclose(lost[:, 0], np.array(per_task) - frozen)
+    assert abs(lost[:, 0]).max() > 0.01 and not np.array_equal(lost[:, 1], lost[:, 0])
+    B[1] = B[0]                                         # equal heads: what is left of the gates sums to 1
+    per_task = train_toy.accuracy(train_toy.logits_of(model, x), x, domain)[1]
+    np.testing.assert_allclose(train_toy.knockout(model, name, x, domain, per_task), 0, atol=0.002)
+
+
 def test_bayes_accuracy_of_cases_by_hand():
     c = train_toy.Corpus(0)
     c.symbols = torch.full_like(c.symbols, 1 / train_toy.SYMBOLS)   # domains look alike ...
