@@ -585,12 +585,12 @@ def paper(seeds, device):
          + show(*(f"merged {way}" for way in ("routed", "mean", "per_task", "uniform"))),
          verdict([got["merged mean"] > got["merged routed"] - 1 for got in runs])),
         *((f"Ahead of LoRA at its size with adapters on {place}", note,
-           f"gain / NMI: {show(f'gain on {place}', f'nmi on {place}')}",
+           f"gain / NMI of the best layer: {show(f'gain on {place}', f'nmi on {place}')}",
            verdict([got[f"gain on {place}"] > 0 for got in runs]))
-          for place, note in (("o", "-"), ("q,v", "the paper's place"), ("up,down", "the script's place, less gate")))]
+          for place, note in (("o", "-"), ("q,v", "the paper's place"), ("up,down", "the script's, without gate_proj")))]
     print(f"Accuracy in percent, mean +- standard deviation over seeds {', '.join(map(str, seeds))}. The paper's\n"
-          "numbers are MMLU unless it says otherwise. Reproduced: yes, for every seed; no, for none;\nopen, for some, "
-          "or the paper takes no side.\n")
+          "numbers are MMLU unless it says otherwise. Reproduced: yes, for every seed; no, for none;\nopen, for some "
+          "seeds or settings, or the paper takes no side.\n")
     widths = (34, 22, 50, 12)
     for claim, in_paper, toy, reproduced in [("claim", "paper", "toy", "reproduced"), *rows]:
         answer = {True: "yes", False: "no", None: "open"}.get(reproduced, reproduced)
