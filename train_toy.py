@@ -587,7 +587,8 @@ def paper(seeds, device):
         *((f"Ahead of LoRA at its size with adapters on {place}", note,
            f"gain / NMI of the best layer: {show(f'gain on {place}', f'nmi on {place}')}",
            verdict([got[f"gain on {place}"] > 0 for got in runs]))
-          for place, note in (("o", "-"), ("q,v", "the paper's place"), ("up,down", "the script's, without gate_proj")))]
+          for place, note in (
+              ("o", "-"), ("q,v", "the paper's place"), ("up,down", "the script's, without gate_proj")))]
     print(f"Accuracy in percent, mean +- standard deviation over seeds {', '.join(map(str, seeds))}. The paper's\n"
           "numbers are MMLU unless it says otherwise. Reproduced: yes, for every seed; no, for none;\nopen, for some "
           "seeds or settings, or the paper takes no side.\n")
