@@ -1244,17 +1244,17 @@ def test_distance_and_knockout_of_cases_by_hand():
     c = train_toy.Corpus(0)
     x, domain = c.sample(200, 2, c.new)
     model = TinyTransformer(TinyConfig(vocab_size=train_toy.SYMBOLS + 1))
-    frozen = train_toy.accuracy(train_toy.logits_of(model, x), x, domain)[1]
+    by_domain = lambda: train_toy.accuracy(train_toy.logits_of(model, x), x, domain)[1]
+    frozen = by_domain()
     model, name = train_toy.adapt(model, 0, n=2), "layers.1.o_proj"
     B = hydralora_layers(model)[name].lora_B.data
     nn.init.normal_(B[0])                               # head 0 acts, head 1 is zero
-    per_task = train_toy.accuracy(train_toy.logits_of(model, x), x, domain)[1]
+    per_task = by_domain()
     lost = np.array(train_toy.knockout(model, name, x, domain, per_task))
     np.testing.assert_allclose(lost[:, 0], np.array(per_task) - frozen)
     assert abs(lost[:, 0]).max() > 0.01 and not np.array_equal(lost[:, 1], lost[:, 0])
     B[1] = B[0]                                         # equal heads: what is left of the gates sums to 1
-    per_task = train_toy.accuracy(train_toy.logits_of(model, x), x, domain)[1]
-    np.testing.assert_allclose(train_toy.knockout(model, name, x, domain, per_task), 0, atol=0.002)
+    np.testing.assert_allclose(train_toy.knockout(model, name, x, domain, by_domain()), 0, atol=0.002)
 
 
 def test_bayes_accuracy_of_cases_by_hand():
