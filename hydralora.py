@@ -1,42 +1,43 @@
 # SPDX-License-Identifier: MIT
-"""HydraLoRA in one file: a shared matrix A, n heads B_i, and a router that mixes the heads.
+"""HydraLoRA in one file: one shared matrix A, N heads B_i, and a router that mixes the heads.
 
-Paper: Tian, Shi, Guo, Li, Xu, "HydraLoRA: An Asymmetric LoRA Architecture for Efficient
-Fine-Tuning", NeurIPS 2024, arXiv 2404.19245. Equation numbers are the paper's.
+Tian, Shi, Guo, Li, Xu: "HydraLoRA: An Asymmetric LoRA Architecture for Efficient Fine-Tuning",
+NeurIPS 2024, arXiv 2404.19245. Its equations; W0 is frozen, all the rest is trained:
 
     (1)  y = W0 x + B A x                        LoRA
     (2)  W = W0 + sum_i w_i B_i A                HydraLoRA as one weight, for a fixed w
     (3)  y = W0 x + sum_i w_i B_i A x            HydraLoRA as a layer
-    (4)  w = softmax(Wg^T x)                     the router: w depends on each x
-    (7)  c_j = argmin_i |v_j - m_i|              k-means: the centre that is nearest to v_j
-    (8)  m_i = mean of the v_j with c_j = i      k-means: each centre moves to its mean
+    (4)  w = softmax(Wg^T x)                     the router: each token has a w of its own
 
     paper  code            shape        what it is
-    x      x               (..., k)     input: any leading axes, (b, t, k) in a transformer
+    x      x               (..., k)     input, any leading axes: (b, t, k) in a transformer
     W0     base.weight     (d, k)       frozen weight
-    A      lora_A          (r, k)       shared by all heads, Kaiming-uniform at the start
-    B_i    lora_B[i]       (d, r)       head (the paper's expert E_i), zero at the start
+    A      lora_A          (r, k)       shared by all heads; Kaiming-uniform at the start
+    B_i    lora_B[i]       (d, r)       a head, the paper's expert E_i; zero at the start
     N      num_heads, n                 number of heads
-    Wg     router.weight   (n, k)       the paper's Wg transposed, as nn.Linear keeps it
-    w      gates           (..., n)     one mixture for each token
+    Wg     router.weight   (n, k)       the paper's Wg transposed, as nn.Linear keeps weights
+    w      w, gates        (..., n)     the mixture: w of each token, or gates fixed by the caller
     -      scaling                      lora_alpha / r, times the update
 
-Where the paper is silent or at odds with the official code, this file does as follows.
-    router input   x, as in the paper's text and the official code; router_input="Ax" fits
-                   the shape of Wg as printed, (r, N)
-    router start   Kaiming-uniform, no bias: official code
-    softmax        in float32, cast back: official code
-    scaling        lora_alpha / r: official code; the paper's equations have none
-    dropout        one mask on x before A for all heads, none for the router; the official
-                   code draws a mask for each head
-    output         one tensor; the official code returns a pair whose second part is always 0
-    balance loss   none: the paper
-    targets        the caller's choice: the paper adapts q_proj and v_proj, the official script
-                   gate_proj, up_proj and down_proj
-    merging        Eq. 2 for gates that the caller names; the official code has none
+Where the paper is silent, or at odds with the official code (L: lines of its lora.py,
+github.com/Clin0212/HydraLoRA/blob/afb693b/HydraLoRA/peft/tuners/lora.py), this file does so:
+
+    [1] The router reads x, as in the paper's text and L279. Eq. 4 prints Wg as (r, N), which
+        fits A x: router_input="Ax".
+    [2] The router starts Kaiming-uniform, without a bias (L299).
+    [3] The softmax is taken in float32, or float64 for float64, and cast back (official code).
+    [4] The update is scaled by lora_alpha / r (L284, L342); the paper has no such factor.
+    [5] One dropout mask for all heads, on the x that A reads; none for the router (L339). L342
+        draws a mask for each head; the paper has no dropout.
+    [6] One tensor is returned; the paper has no balance loss. L344-347 return a constant 0 too.
+    [7] The caller chooses the layers. The paper's captions name q and v, its authors and the
+        official script the feed-forward layers.
+    [8] Merging needs gates, and none are assumed. The paper averages the heads for each token
+        (3.2.2), which is exact; one static weight is not. The official code has no merge.
 """
 import contextlib
 import copy
+import itertools
 import math
 import random
 import re
@@ -47,79 +48,80 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ---- The equations (section 3) ---------------------------------------------------------------
+# ---- The equations ---------------------------------------------------------------------------
 
 
 def hydralora_gates(x, Wg):
-    """Eq. 4: w = softmax(Wg^T x). x (..., k), Wg (n, k), the paper's transposed -> (..., n)."""
+    """Eq. 4: w = softmax(Wg^T x). x (..., k), Wg (n, k), the paper's transposed -> w (..., n)."""
     logits = F.linear(x, Wg)                                                  # (..., n)
-    w = logits.softmax(-1, dtype=_at_least_float32(logits))                   # (..., n)
-    return w.to(logits.dtype)           # float32 inside and cast back, as in the official code
+    high = torch.promote_types(logits.dtype, torch.float32)
+    return logits.softmax(-1, dtype=high).to(logits.dtype)                    # (..., n) [3]
 
 
 def hydralora_delta(x, A, B, gates, scaling):
-    """The update in Eq. 3: scaling * sum_i gates_i B_i A x.
+    """The update in Eq. 3, scaling * sum_i w_i B_i A x, as one product for all heads.
 
-    x (..., k), A (r, k), B (n, d, r), gates (..., n) -> (..., d). By definition it is
-
-        sum(gates[..., i, None] * (x @ A.T @ B[i].T) for i in range(n)) * scaling
-
-    and it is computed as [B_1 ... B_n] outer(w, A x), the outer product flattened to n r
-    numbers: one matrix product for all heads, and nothing of size (..., n, d).
+    x (..., k), A (r, k), B (n, d, r), gates w (..., n) -> (..., d). The sum is [B_1 ... B_n] times
+    the outer product of w and A x, taken as n r numbers: nothing of size (..., n, d) is made.
     """
-    z = F.linear(x, A) * scaling                                              # (..., r)
+    z = F.linear(x, A) * scaling                                              # (..., r) [4]
     wz = gates.unsqueeze(-1) * z.unsqueeze(-2)                                # (..., n, r)
     heads = B.transpose(0, 1).flatten(1)                                      # (d, n r)
     return F.linear(wz.flatten(-2), heads)                                    # (..., d)
 
 
 def hydralora_forward(x, W0, bias, A, B, Wg, scaling):
-    """Eq. 3 with the router of Eq. 4: the layer without dropout and casts, as one function.
+    """Eqs. 3 and 4 as one function, the layer below without dropout.
 
-    x (..., k), W0 (d, k), bias (d,) or None, A (r, k), B (n, d, r), Wg (n, k) -> (..., d).
+    x (..., k), W0 (d, k), bias (d,) or None, A (r, k), B (n, d, r), Wg (n, k) -> y (..., d). The
+    update is computed in the dtype of A, B and Wg, and cast to that of W0 x before the sum.
     """
-    gates = hydralora_gates(x, Wg)                                            # (..., n)
-    return F.linear(x, W0, bias) + hydralora_delta(x, A, B, gates, scaling)   # (..., d)
+    y = F.linear(x, W0, bias)                                                 # (..., d)
+    x = x.to(A.dtype)                                                         # (..., k)
+    delta = hydralora_delta(x, A, B, hydralora_gates(x, Wg), scaling)         # (..., d)
+    return y + delta.to(y.dtype)                                              # (..., d)
 
 
 # ---- The layer -------------------------------------------------------------------------------
 
 
 class Router(nn.Module):
-    """Eq. 4 as a module, so that a forward hook sees the gates. x (..., k) -> (..., n)."""
+    """Eq. 4 as a module, so that a forward hook sees w. x (..., k) -> w (..., n)."""
 
     def __init__(self, k, n, device=None, dtype=None):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n, k, device=device, dtype=dtype))  # Wg
+        self.weight = nn.Parameter(torch.empty(n, k, device=device, dtype=dtype))   # Wg
         self.reset_parameters()
 
-    def reset_parameters(self):         # as in the official code; the paper does not say
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+    def reset_parameters(self):
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))                 # [2]
 
     def forward(self, x):
         return hydralora_gates(x, self.weight)
 
 
 class HydraLoRALinear(nn.Module):
-    """A frozen nn.Linear with a HydraLoRA update: Eq. 3, x (..., k) -> (..., d).
+    """A frozen nn.Linear with a HydraLoRA update: Eq. 3, x (..., k) -> y (..., d).
 
-    base: the nn.Linear (d, k); kept as the same object, and frozen.
-    num_heads: n. r: rank of A and of each B_i. lora_alpha: scaling = lora_alpha / r.
-    lora_dropout: probability in [0, 1), on the x that A sees. The router sees all of x.
-    router_input: "x", or "Ax" to route on the r numbers A x (then router.weight is (n, r)).
+    base: the nn.Linear (d, k); it is frozen, and stays the same object.
+    num_heads: n. r: the rank of A and of each B_i. lora_alpha: scaling = lora_alpha / r.
+    lora_dropout: probability in [0, 1). router_input: "x" or "Ax", see [1].
 
-    The adapter is made in float32, or float64 for a float64 base, and computes in its own
-    dtype (or autocast's); the output has the dtype of the base's output. Raises TypeError for
-    a base that is no nn.Linear, ValueError for the other arguments and for x of another width.
+    The adapter is float32, or float64 for a float64 base. It computes in its own dtype, or in
+    autocast's, and y has the dtype of base(x). In float16 (after .half()) logits above 65504 make
+    y nan. Raises TypeError for a base that is no real nn.Linear, ValueError for other arguments
+    and for an x of another width or device.
     """
 
     def __init__(self, base, *, num_heads=3, r=8, lora_alpha=16, lora_dropout=0.0,
                  router_input="x"):
-        if not isinstance(base, nn.Linear):
-            raise TypeError(f"base must be an nn.Linear, got {type(base).__name__}")
+        if not isinstance(base, nn.Linear) or base.weight.is_complex():
+            raise TypeError(f"base must be a real nn.Linear, got {base}")
         for name, value in (("num_heads", num_heads), ("r", r)):
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if type(lora_alpha) not in (int, float) or not math.isfinite(lora_alpha):
+            raise ValueError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout!r}")
         if router_input not in ("x", "Ax"):
@@ -128,15 +130,17 @@ class HydraLoRALinear(nn.Module):
         k, d = base.in_features, base.out_features
         self.in_features, self.out_features = k, d
         self.num_heads, self.r, self.lora_alpha = num_heads, r, lora_alpha
-        self.scaling = lora_alpha / r   # as in the official code; the paper's equations have none
+        self.scaling = lora_alpha / r                                         # [4]
         self.router_input = router_input
-        self.base = base.requires_grad_(False)
+        self.base = base.requires_grad_(False)                                # W0 and bias
         self.lora_dropout = nn.Dropout(lora_dropout)
-        like = dict(device=base.weight.device, dtype=_at_least_float32(base.weight))
-        self.lora_A = nn.Parameter(torch.empty(r, k, **like))
-        self.lora_B = nn.Parameter(torch.empty(num_heads, d, r, **like))
+        dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
+        like = dict(device=base.weight.device, dtype=dtype)
+        self.lora_A = nn.Parameter(torch.empty(r, k, **like))                 # A
+        self.lora_B = nn.Parameter(torch.empty(num_heads, d, r, **like))      # B_1 ... B_n
         self.router = Router(k if router_input == "x" else r, num_heads, **like)
         self.reset_parameters()
+        self.train(base.training)
 
     def reset_parameters(self):
         """A Kaiming-uniform and B zero (below Eq. 1), so that the update starts at zero."""
@@ -145,32 +149,33 @@ class HydraLoRALinear(nn.Module):
         self.router.reset_parameters()
 
     def gates(self, x):
-        """The mixture w of Eq. 4 for each token: x (..., k) -> (..., n)."""
+        """w of Eq. 4 for each token: x (..., k) -> w (..., n)."""
         x = x.to(self.lora_A.dtype)                                           # (..., k)
-        if self.router_input == "Ax":   # of x without dropout, unlike the A x in hydralora_delta
+        if self.router_input == "Ax":
             x = F.linear(x, self.lora_A)                                      # (..., r)
         return self.router(x)                                                 # (..., n)
 
     def forward(self, x):
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"x must have shape (..., {self.in_features}), got {tuple(x.shape)}")
-        if x.device != self.lora_A.device:      # an adapter left on meta would give noise
+        if x.device != self.lora_A.device:
             raise ValueError(f"x must be on {self.lora_A.device}, the adapter's, got {x.device}")
         y = self.base(x)                                                      # (..., d)
         x = x.to(self.lora_A.dtype)                                           # (..., k)
-        dropped = self.lora_dropout(x)  # one mask for all heads; the official code draws n
-        delta = hydralora_delta(dropped, self.lora_A, self.lora_B, self.gates(x), self.scaling)
-        return y + delta.to(y.dtype)    # (..., d), one tensor: no balance loss beside it
+        w = self.gates(x)                                                     # (..., n)
+        dropped = self.lora_dropout(x)                                        # (..., k) [5]
+        delta = hydralora_delta(dropped, self.lora_A, self.lora_B, w, self.scaling)  # (..., d)
+        return y + delta.to(y.dtype)                                          # (..., d) [6]
 
     @torch.no_grad()
     def to_lora(self, gates):
-        """The LoRA (A, B) of Eq. 1 that equals this layer for fixed gates.
+        """The LoRA (A, B) of Eq. 1 that this layer is where the router gives these gates.
 
-        gates (n,) -> A (r, k), B = sum_i gates_i B_i (d, r), both copies, to be scaled by
-        self.scaling. Section 3.2.2: averaging the heads is averaging their outputs.
+        gates (n,) -> A (r, k), B = sum_i gates_i B_i (d, r): copies in float32 or better, to be
+        scaled by self.scaling. Averaging the heads' weights is averaging their outputs (3.2.2).
         """
-        dtype = _at_least_float32(self.base.weight)
-        gates = torch.as_tensor(gates, device=self.lora_B.device, dtype=dtype)  # (n,)
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        gates = torch.as_tensor(gates, device=self.lora_B.device, dtype=dtype)    # (n,)
         if gates.shape != (self.num_heads,):
             raise ValueError(f"gates must have shape ({self.num_heads},), got {tuple(gates.shape)}")
         B = (gates.view(-1, 1, 1) * self.lora_B).sum(0)                       # (d, r)
@@ -180,351 +185,91 @@ class HydraLoRALinear(nn.Module):
     def merge(self, gates):
         """Eq. 2: a new nn.Linear with the weight W0 + scaling * sum_i gates_i B_i A.
 
-        gates (n,). Exact for each x to which the router gives these gates: for every x if
-        n = 1, if all B_i are equal, or if the router is constant. For any other x the layer
-        exceeds the merged one by scaling * sum_i (w_i(x) - gates_i) B_i A x: a static weight
-        cannot follow a router. The layer is left as it was; the sum is taken in float32 or
-        better and cast once. Raises TypeError if base.weight is quantised or computed from
-        other tensors.
+        gates (n,). Exact where the router gives these gates: for every x if n = 1, if all B_i
+        are equal, or if the router is constant. Elsewhere this layer is the merged one plus
+        scaling * sum_i (w_i(x) - gates_i) B_i A x [8]. The layer itself is left as it was; the
+        sum is taken in float32 or better and cast once. Raises ValueError for gates of another
+        shape, and TypeError for a base whose weight is quantised, computed or sharded, or which
+        does not compute W0 x + bias: one x goes through it to see.
         """
         A, B = self.to_lora(gates)
-        W0 = self.base.weight
-        if (not isinstance(W0, nn.Parameter) or W0.shape != (self.out_features, self.in_features)
-                or W0.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64)):
-            raise TypeError("base.weight must be a plain floating-point Parameter of shape "
-                            f"{(self.out_features, self.in_features)} to be merged, got "
-                            f"{type(W0).__name__} {tuple(W0.shape)} of {W0.dtype}")
+        W0, kind = self.base._parameters.get("weight"), type(self.base).__name__
+        if not _has_values(W0) or W0.element_size() < 2 or W0.shape != (len(B), A.shape[1]):
+            raise TypeError(f"base cannot be merged: {kind} has no plain weight of shape "
+                            f"{(len(B), A.shape[1])} (quantised, computed, sharded or on meta?)")
+        high = torch.promote_types(W0.dtype, A.dtype)
         merged = copy.deepcopy(self.base)
-        # in place, so that autocast leaves it alone
-        W = W0.to(A.dtype, copy=True).addmm_(B, A, alpha=self.scaling)        # (d, k)
+        W = W0.to(high, copy=True).addmm_(B.to(high), A.to(high), alpha=self.scaling)     # (d, k)
         merged.weight.copy_(W)
+        x = torch.linspace(-1, 1, A.shape[1], dtype=W0.dtype, device=W0.device)[None]     # (1, k)
+        for linear in (self.base, merged):
+            y, expected = linear(x), F.linear(x, linear.weight, linear.bias)  # (1, d)
+            if (y - expected).norm() > 16 * torch.finfo(y.dtype).eps * expected.norm():
+                raise TypeError(f"base cannot be merged: {kind} does not compute W0 x + bias "
+                                "(a forward or a hook of its own?)")
         return merged
 
-    # models read weight.dtype and bias of their linear layers: these are the frozen ones
-    weight = property(lambda self: self.base.weight)
+    @property
+    def weight(self):
+        """W0, since models ask their linear layers for it."""
+        if not isinstance(self.base.weight, torch.Tensor):
+            raise TypeError(f"base keeps no weight tensor: {type(self.base).__name__}")
+        return self.base.weight
+
     bias = property(lambda self: self.base.bias)
+
+    def adapter(self):
+        """The trained part of the state_dict: lora_A, lora_B, router.weight."""
+        return {key: t for key, t in self.state_dict().items() if not key.startswith("base.")}
 
     def extra_repr(self):
         return (f"num_heads={self.num_heads}, r={self.r}, lora_alpha={self.lora_alpha}, "
                 f"router_input={self.router_input!r}")
 
 
-def _at_least_float32(tensor):
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def _has_values(t):
+    """Whether t is a plain floating-point tensor: not on meta, quantised, sharded or sparse."""
+    return (type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta
+            and t.layout == torch.strided and t.is_floating_point())
 
 
-# ---- On a model ------------------------------------------------------------------------------
-
-
-def inject_hydralora(model, targets, **layer_arguments):
-    """Freeze the model and wrap the nn.Linear layers that the targets name; returns the model.
-
-    targets: names such as "q_proj" or "layers.0.q_proj"; a layer is meant when its dotted name
-    is a target or ends in "." + target. layer_arguments: those of HydraLoRALinear. A layer
-    that the model holds under several names gets one adapter, in force under all of them.
-    Raises ValueError, with the model as it was, for a target that matches no nn.Linear, that
-    is injected already, or that belongs to nn.MultiheadAttention or nn.TransformerEncoderLayer:
-    those read the weight and never call the layer. So do models that use their functions; a
-    layer that record_gates misses after a forward is one of them.
-    """
-    targets = [targets] if isinstance(targets, str) else list(targets)
-    adapted = hydralora_layers(model)
-    skip = {model, *(layer.base for layer in adapted.values())}
-    linears = {name: module for name, module in model.named_modules(remove_duplicate=False)
-               if isinstance(module, nn.Linear) and module not in skip}
-
-    def meant(names, target):
-        return [name for name in names if f".{name}".endswith(f".{target}")]
-
-    for target in targets:
-        if meant(adapted, target):
-            raise ValueError(f"targets: {target!r} is injected already, "
-                             f"at {meant(adapted, target)}")
-        if not meant(linears, target):
-            raise ValueError(f"targets: {target!r} matches no nn.Linear of the model; it has "
-                             + (", ".join(linears) or "none"))
-    if not targets:
-        raise ValueError("targets must name at least one nn.Linear, got none")
-    names = [name for name in linears if any(meant([name], target) for target in targets)]
-    for name in names:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            raise ValueError(f"targets: {name!r} cannot be adapted, its {type(parent).__name__} "
-                             "reads the weight without calling the layer")
-    layers = {linears[name]: HydraLoRALinear(linears[name], **layer_arguments) for name in names}
-    adapters = {p for layer in adapted.values() for p in layer.parameters()}
-    for p in set(model.parameters()) - adapters:
-        p.requires_grad_(False)
-    _replace(model, layers)
-    return model
-
-
-def hydralora_layers(model):
-    """The model's HydraLoRA layers: dict name -> HydraLoRALinear, empty if there is none."""
-    return {name: module for name, module in model.named_modules()
-            if isinstance(module, HydraLoRALinear)}
-
-
-@contextlib.contextmanager
-def record_gates(model):
-    """Context manager: a dict name -> gates (..., n) of the last forward inside it, detached.
-
-    It works by hooks, so a model that was compiled and run before must be compiled anew.
-    """
-    gates = {}
-    with contextlib.ExitStack() as hooks:
-        for name, layer in _some_layers(model).items():
-            def save(router, inputs, w, name=name):
-                gates[name] = w.detach()
-            hooks.enter_context(layer.router.register_forward_hook(save))
-        yield gates
-
-
-@torch.no_grad()
-def mean_gates(model, batches, masks=None):
-    """Mean gates over all tokens of calibration inputs: dict name -> (n,), to merge with.
-
-    batches: inputs of the model, each a tensor or a dict of keyword arguments. masks: for each
-    batch a tensor (b, t), true where a token counts, such as attention_mask; for models whose
-    adapted layers all see these (b, t) tokens. The model runs in eval mode and comes back as
-    it was. Raises ValueError if a layer saw no token.
-    """
-    pairs = zip(batches, masks, strict=True) if masks is not None else (
-        (batch, None) for batch in batches)
-    layers = _some_layers(model)
-    total, count = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
-    with contextlib.ExitStack() as stack:
-        for name, layer in layers.items():
-            def add(router, inputs, w, name=name):
-                w = w if mask is None else w[mask.to(w.device, torch.bool)]
-                w = w.reshape(-1, w.shape[-1])                                # (tokens, n)
-                total[name] += w.float().sum(0)                               # (n,)
-                count[name] += len(w)
-            stack.enter_context(layer.router.register_forward_hook(add))
-        for module in model.modules():
-            stack.callback(setattr, module, "training", module.training)
-        model.eval()
-        for batch, mask in pairs:
-            model(**batch) if isinstance(batch, Mapping) else model(batch)
-    unseen = [name for name in layers if not count[name]]
-    if unseen:
-        raise ValueError(f"batches: no token reached {unseen}")
-    return {name: total[name] / count[name] for name in layers}
-
-
-def merge_hydralora(model, gates):
-    """Put layer.merge(gates) in the place of each HydraLoRA layer; returns the layers by name.
-
-    gates: one tensor (n,) for all layers, or a dict name -> (n,) with every layer in it, such
-    as mean_gates gives. No default: see HydraLoRALinear.merge for what the choice means. Raises
-    ValueError or TypeError, with the model as it was.
-    """
-    layers, gates = _layers_and_gates(model, gates)
-    _replace(model, {layer: layer.merge(gates[name]) for name, layer in layers.items()})
-    return layers
-
-
-def unmerge_hydralora(model, layers):
-    """Put back the layers that merge_hydralora returned: every weight is what it was, bit for bit.
-
-    The layers come back in the mode (train or eval) of what stood in for them.
-    """
-    modules = dict(model.named_modules())
-    wrong = [name for name in layers if not isinstance(modules.get(name), nn.Linear)]
-    if wrong:
-        raise ValueError(f"layers: the model has no merged nn.Linear at {wrong}")
-    _replace(model, {modules[name]: layer.train(modules[name].training)
-                     for name, layer in layers.items()})
-
-
-def _replace(model, new):
-    """Put new[module] in the place of each module, under every name that holds it."""
-    if model in new:
-        raise ValueError("model is itself the layer: it has no parent in which to replace it")
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in new:
-                setattr(parent, name, new[child])
-
-
-def _some_layers(model):
-    layers = hydralora_layers(model)
-    if not layers:
-        raise ValueError("model has no HydraLoRALinear: not injected, or merged already")
-    return layers
-
-
-def _layers_and_gates(model, gates):
-    """The layers by name, and the gates, one tensor (n,) or a dict, by the same names."""
-    layers = _some_layers(model)
-    if not isinstance(gates, Mapping):
-        return layers, dict.fromkeys(layers, gates)
-    if gates.keys() != layers.keys():
-        raise ValueError(f"gates: missing layers {sorted(layers.keys() - gates.keys())}, "
-                         f"unknown layers {sorted(gates.keys() - layers.keys())}")
-    return layers, gates
-
-
-# ---- In and out ------------------------------------------------------------------------------
-
-
-def hydralora_state_dict(model):
-    """The adapter alone: NAME.lora_A (r, k), NAME.lora_B (n, d, r), NAME.router.weight (n, k or r).
-
-    As in nn.Module.state_dict, the tensors are the model's own, without copies.
-    """
-    return {f"{name}.{key}": value for name, layer in _some_layers(model).items()
-            for key, value in layer.state_dict().items() if not key.startswith("base.")}
-
-
-@torch.no_grad()
-def load_hydralora_state_dict(model, state):
-    """Copy an adapter into an injected model.
-
-    The state must have the model's keys and shapes, else ValueError names those that differ
-    and nothing is copied. lora_alpha and router_input are arguments of inject_hydralora and
-    not in the state.
-    """
-    own = hydralora_state_dict(model)
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [f"{key}: expected {tuple(own[key].shape)}, got {tuple(state[key].shape)}"
-              for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    if missing or unexpected or shapes:
-        raise ValueError(f"state does not fit the model: missing {missing}, unexpected "
-                         f"{unexpected}, wrong shapes {sorted(shapes)}")
-    for key, value in own.items():
-        value.copy_(state[key])
-
-
-def from_official_state_dict(state):
-    """The official repository's checkpoint keys, with or without its prefix, to ours.
-
-    NAME.lora_A.weight (r, k), NAME.lora_B0.weight ... (d, r), NAME.lora_route.weight (n, k) ->
-    NAME.lora_A, NAME.lora_B (n, d, r), NAME.router.weight. Raises ValueError for any other key
-    and for a layer that is not complete.
-    """
-    layers = {}
-    for key, value in state.items():
-        match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(A|B\d+|route)\.weight", key)
-        if not match:
-            raise ValueError(f"state: {key!r} is no key of an official HydraLoRA checkpoint")
-        layers.setdefault(match[1], {})[match[2]] = value
-    ours = {}
-    for name, parts in layers.items():
-        heads = [f"B{i}" for i in range(len(parts) - 2)]
-        if not heads or parts.keys() != {"A", "route", *heads}:
-            raise ValueError(f"state: {name!r} needs lora_A, lora_route and lora_B0, lora_B1, ..., "
-                             f"got {sorted('lora_' + part for part in parts)}")
-        ours |= {f"{name}.lora_A": parts["A"], f"{name}.router.weight": parts["route"],
-                 f"{name}.lora_B": torch.stack([parts[head] for head in heads])}  # (n, d, r)
-    return ours
-
-
-def export_lora(model, gates):
-    """A plain LoRA of rank r for fixed gates, under PEFT's names: (state, config).
-
-    gates as for merge_hydralora. state: tensors by key, for adapter_model.safetensors. config:
-    adapter_config.json as a dict. target_modules is a pattern that matches whole names, so that
-    no layer is adapted there but those that are here.
-    """
-    layers, gates = _layers_and_gates(model, gates)
-    state = {}
-    for name, layer in layers.items():
-        A, B = layer.to_lora(gates[name])
-        state[f"base_model.model.{name}.lora_A.weight"] = A                   # (r, k)
-        state[f"base_model.model.{name}.lora_B.weight"] = B                   # (d, r)
-    first = next(iter(layers.values()))
-    config = dict(
-        peft_type="LORA", r=first.r, lora_alpha=first.lora_alpha,
-        target_modules="|".join(map(re.escape, layers)),
-        rank_pattern={f"^{re.escape(name)}": layer.r for name, layer in layers.items()},
-        alpha_pattern={f"^{re.escape(name)}": layer.lora_alpha for name, layer in layers.items()})
-    return state, config
-
-
-# ---- Choosing n (Appendix B) -----------------------------------------------------------------
-
-
-def num_heads_from_corpus(documents, max_heads=10, seed=0):
-    """Appendix B: n from the corpus alone, by TF-IDF, k-means and the elbow of the SSE curve.
-
-    documents: sequences of token ids or of strings; a document that is one string is split at
-    white space. Returns (n, sse): sse[K - 1] is the sum of squared distances to the nearest of
-    K centres, K = 1 .. max_heads. The paper names the elbow and no rule for it; here it is the
-    K whose gain, sse(K-1) - sse(K), exceeds that of every later K by the largest factor. Any
-    curve has such a K, so it counts only if it is 1.5 times as sharp as that of a control: the
-    same tokens dealt out to the documents at random. Otherwise the corpus shows no domains, or
-    more than max_heads, and n is 1, a plain LoRA. Very short documents (below 10 tokens or so)
-    show too little. Deterministic for a seed. Memory: documents x vocabulary. Raises ValueError
-    for fewer documents than max_heads.
-    """
-    documents = [d.split() if isinstance(d, str) else d.tolist()
-                 if isinstance(d, torch.Tensor) else list(d) for d in documents]
-    if not 1 <= max_heads <= len(documents):
-        raise ValueError(f"max_heads must be from 1 to the number of documents, "
-                         f"{len(documents)}, got {max_heads}")
-    dealt = [token for d in documents for token in d]
-    random.Random(seed).shuffle(dealt)
-    control = [[dealt.pop() for _ in d] for d in documents]
-    n, sharpness, sse = _elbow(documents, max_heads, seed)
-    _, chance, _ = _elbow(control, max_heads, seed)
-    return (n if sharpness > 1.5 * chance else 1), sse
-
-
-def _elbow(documents, max_heads, seed):
-    generator = torch.Generator().manual_seed(seed)
-    vectors = _tf_idf(documents)
-    largest = min(max_heads + 3, len(documents))        # max_heads, and 3 later gains to exceed
-    sse = [_k_means_sse(vectors, K, generator) for K in range(1, largest + 1)]
-    gains = [before - after for before, after in zip(sse, sse[1:])]           # gains[K - 2] at K
-    floor = max(1e-6 * sse[0], 1e-12)                   # rounding alone is no gain
-    sharpness = {K: gains[K - 2] / max([*gains[K - 1:], floor]) for K in range(2, max_heads + 1)}
-    n = max(sharpness, key=sharpness.get, default=1)
-    return n, sharpness.get(n, 0.0), sse[:max_heads]
-
-
-def _tf_idf(documents):
-    """A unit row for each document: its counts times 1 + log((1 + documents) / (1 + with term))."""
-    column = {}
-    index = [[column.setdefault(token, len(column)) for token in d] for d in documents]
-    counts = torch.stack([torch.bincount(torch.tensor(i, dtype=torch.long), minlength=len(column))
-                          for i in index]).float()                            # (documents, terms)
-    idf = torch.log((1 + len(documents)) / (1 + (counts > 0).float().sum(0))) + 1
-    return F.normalize(counts * idf, dim=1)                                   # (documents, terms)
-
-
-def _k_means_sse(vectors, K, generator, starts=8, steps=30):
-    """The least sum of squared distances over several k-means runs, run side by side."""
-    def squared_distances(centres):     # (starts K, terms) -> (docs, starts, K)
-        return torch.cdist(vectors, centres).square().unflatten(1, (starts, -1))
-    pick = torch.randint(len(vectors), (starts, 1), generator=generator)      # (starts, 1)
-    for _ in range(K - 1):              # k-means++: far documents are likelier to be centres
-        nearest = squared_distances(vectors[pick.flatten()]).amin(2) + 1e-12  # (docs, starts)
-        pick = torch.cat([pick, torch.multinomial(nearest.T, 1, generator=generator)], dim=1)
-    centres = vectors[pick.flatten()]                                         # (starts K, terms)
-    for _ in range(steps):
-        owner = squared_distances(centres).argmin(2)                      # Eq. 7: (docs, starts)
-        members = F.one_hot(owner, K).flatten(1).T.float()                    # (starts K, docs)
-        size = members.sum(1, keepdim=True)                                   # (starts K, 1)
-        centres = torch.where(size > 0, members @ vectors / size, centres)    # Eq. 8
-    return squared_distances(centres).amin(2).sum(0).min().item()
-
-
-# ---- A model to try it on --------------------------------------------------------------------
+# ---- A tiny transformer ----------------------------------------------------------------------
 
 
 @dataclass
 class TinyConfig:
     vocab_size: int = 64
     max_position_embeddings: int = 64   # longest sequence
-    hidden_size: int = 64               # k and d of the attention projections
+    hidden_size: int = 64
     intermediate_size: int = 256        # width inside the feed-forward layer
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
 
 
+class TinyBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.num_attention_heads = config.num_attention_heads
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+        self.up_proj, self.down_proj = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, h):
+        x = self.attention_norm(h)                                            # (b, t, width)
+        query, key, value = (
+            proj(x).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj))              # (b, attention heads,
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)   # t, width)
+        h = h + self.o_proj(mixed.transpose(1, 2).flatten(2))                 # (b, t, width)
+        return h + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(h))))     # (b, t, width)
+
+
 class TinyTransformer(nn.Module):
-    """A GPT-style decoder: tokens (b, t) -> logits (b, t, vocab_size), pre-norm, causal."""
+    """A GPT-style decoder, pre-norm and causal: tokens (b, t) -> logits (b, t, vocab_size)."""
 
     def __init__(self, config):
         super().__init__()
@@ -537,26 +282,327 @@ class TinyTransformer(nn.Module):
 
     def forward(self, tokens):
         positions = torch.arange(tokens.shape[1], device=tokens.device)       # (t,)
-        h = self.token_embedding(tokens) + self.position_embedding(positions)  # (b, t, k)
+        h = self.token_embedding(tokens) + self.position_embedding(positions)     # (b, t, width)
         for layer in self.layers:
-            h = layer(h)                                                      # (b, t, k)
+            h = layer(h)                                                      # (b, t, width)
         return self.lm_head(self.norm(h))                                     # (b, t, vocab_size)
 
 
-class TinyBlock(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        k, inner = config.hidden_size, config.intermediate_size
-        self.num_attention_heads = config.num_attention_heads
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(k), nn.LayerNorm(k)
-        self.q_proj, self.k_proj = nn.Linear(k, k, bias=False), nn.Linear(k, k, bias=False)
-        self.v_proj, self.o_proj = nn.Linear(k, k, bias=False), nn.Linear(k, k, bias=False)
-        self.up_proj, self.down_proj = nn.Linear(k, inner), nn.Linear(inner, k)
+# ---- On a model ------------------------------------------------------------------------------
 
-    def forward(self, h):
-        x = self.attention_norm(h)                                            # (b, t, k)
-        q, k, v = (proj(x).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))   # (b, heads, t, k / heads)
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True)       # (b, heads, t, k / heads)
-        h = h + self.o_proj(a.transpose(1, 2).flatten(2))                     # (b, t, k)
-        return h + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(h))))     # (b, t, k)
+
+def _replace(model, new):
+    """Put new[module] in the place of each module, under every name that holds it."""
+    if model in new:
+        raise ValueError("model is itself the layer: it has no parent in which to replace it")
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in new:
+                setattr(parent, name, new[child])
+
+
+def hydralora_layers(model):
+    """The model's HydraLoRA layers: dict name -> HydraLoRALinear, empty if there is none."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, HydraLoRALinear)}
+
+
+def inject_hydralora(model, targets, **layer_arguments):
+    """Freeze the model and wrap the nn.Linear layers that the targets name; returns the model.
+
+    targets: names such as "q_proj" or "layers.0.q_proj": a layer is meant if its dotted name is
+    a target or ends in "." + target [7]. layer_arguments: those of HydraLoRALinear. A layer that
+    the model holds under several names gets one adapter. Adapters of an earlier injection stay.
+
+    Raises ValueError, with the model as it was, for a target that matches no nn.Linear, that is
+    injected already, or that nn.MultiheadAttention or nn.TransformerEncoderLayer hold: those read
+    the weight without calling the layer. Other libraries have such models too: run one under
+    record_gates, and the layers that were not called are missing.
+    """
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    adapted = {name: m for name, m in modules.items() if isinstance(m, HydraLoRALinear)}
+    bases = {layer.base for layer in adapted.values()}
+    linears = {name: m for name, m in modules.items()
+               if isinstance(m, nn.Linear) and m not in bases and m is not model}
+    meant = {target: [name for name in [*adapted, *linears] if f".{name}".endswith(f".{target}")]
+             for target in targets}
+    for target, names in meant.items():
+        if not names:
+            raise ValueError(f"targets: {target!r} matches no nn.Linear of the model; it has "
+                             + (", ".join(linears) or "none"))
+        for name in names:
+            parent = modules[name.rpartition(".")[0]]
+            if name in adapted:
+                raise ValueError(f"targets: {target!r} is injected already, at {name}")
+            if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+                raise ValueError(f"targets: {name!r} cannot be adapted, its "
+                                 f"{type(parent).__name__} reads the weight without calling it")
+    if not targets:
+        raise ValueError("targets must name at least one nn.Linear, got none")
+    names = [name for name in linears if any(name in found for found in meant.values())]
+    layers = {linears[name]: HydraLoRALinear(linears[name], **layer_arguments) for name in names}
+    adapters = {p for layer in adapted.values() for p in layer.parameters()}
+    for p in set(model.parameters()) - adapters:
+        p.requires_grad_(False)
+    _replace(model, layers)
+    return model
+
+
+def _some_layers(model, with_values=True):
+    """The layers by name; ValueError if there are none, or adapters without values."""
+    layers = hydralora_layers(model)
+    if not layers:
+        raise ValueError("model has no HydraLoRALinear: not injected, or merged already")
+    for name, layer in layers.items():
+        if with_values and not all(map(_has_values, layer.adapter().values())):
+            raise ValueError(f"layer {name!r} has no values: its adapter is on meta, or sharded")
+    return layers
+
+
+@contextlib.contextmanager
+def hook_gates(model, f):
+    """Context manager: f(name, w) is called with each router's w (..., n) in a forward.
+
+    What f returns, unless it is None, replaces w. A model compiled before has to be compiled anew.
+    """
+    with contextlib.ExitStack() as hooks:
+        for name, layer in _some_layers(model, with_values=False).items():
+            hooks.enter_context(layer.router.register_forward_hook(
+                lambda router, inputs, w, name=name: f(name, w)))
+        yield
+
+
+@contextlib.contextmanager
+def record_gates(model):
+    """Context manager: a dict name -> w (..., n) of the last forward inside it, detached."""
+    gates = {}
+    with hook_gates(model, lambda name, w: gates.update({name: w.detach()})):
+        yield gates
+
+
+@torch.no_grad()
+def mean_gates(model, batches, masks=None):
+    """Mean w over all tokens of calibration inputs: dict name -> (n,), to merge with.
+
+    batches: inputs of the model, each a tensor or a dict of keyword arguments. masks: for each
+    batch a tensor (b, t), true where a token counts, such as attention_mask; for adapted layers
+    that see (b, t) tokens. The model runs in eval mode. Raises ValueError if a layer saw no token.
+    """
+    total, count = {}, {}
+
+    def add(name, w):
+        w = w.flatten(0, -2) if mask is None else w[mask.to(w.device, torch.bool)]    # (tokens, n)
+        total[name] = total.get(name, 0) + w.float().sum(0)                   # (n,)
+        count[name] = count.get(name, 0) + len(w)
+
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with hook_gates(model.eval(), add):
+            for batch, mask in zip(batches, itertools.repeat(None) if masks is None else masks,
+                                   strict=masks is not None):
+                model(**batch) if isinstance(batch, Mapping) else model(batch)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    unseen = [name for name in _some_layers(model) if not count.get(name)]
+    if unseen:
+        raise ValueError(f"batches: no token reached {unseen}")
+    return {name: total[name] / count[name] for name in count}
+
+
+def _gates_by_name(layers, gates):
+    """gates: one tensor (n,) for all layers, or a dict name -> (n,) with every layer in it."""
+    if not isinstance(gates, Mapping):
+        return dict.fromkeys(layers, gates)
+    if gates.keys() != layers.keys():
+        raise ValueError(f"gates: missing layers {sorted(layers.keys() - gates.keys())}, "
+                         f"unknown layers {sorted(gates.keys() - layers.keys())}")
+    return gates
+
+
+def merge_hydralora(model, gates):
+    """Put layer.merge(gates) in the place of each HydraLoRA layer; returns the layers by name.
+
+    gates: one tensor (n,) for all layers, or a dict name -> (n,) with every layer in it, such as
+    mean_gates gives. Raises what HydraLoRALinear.merge raises, with the model as it was.
+    """
+    layers = _some_layers(model)
+    gates = _gates_by_name(layers, gates)
+    _replace(model, {layer: layer.merge(gates[name]) for name, layer in layers.items()})
+    return layers
+
+
+def unmerge_hydralora(model, layers):
+    """Put back the layers that merge_hydralora returned: each weight is what it was, bit for bit."""
+    modules = dict(model.named_modules())
+    wrong = [name for name in layers if not isinstance(modules.get(name), nn.Linear)]
+    if wrong:
+        raise ValueError(f"layers: the model has no merged nn.Linear at {wrong}")
+    _replace(model, {modules[name]: layer.train(modules[name].training)
+                     for name, layer in layers.items()})
+
+
+# ---- Files -----------------------------------------------------------------------------------
+
+
+def hydralora_state_dict(model):
+    """The adapter alone: NAME.lora_A (r, k), NAME.lora_B (n, d, r), NAME.router.weight (n, k or r).
+
+    The tensors are the model's own, as in nn.Module.state_dict. Keep the arguments of
+    inject_hydralora beside them: lora_alpha and router_input cannot be told from the state. After
+    FSDP2, load torch.distributed.checkpoint.state_dict.get_model_state_dict, with the options
+    full_state_dict and ignore_frozen_params, into a model that is not sharded.
+    """
+    return {f"{name}.{key}": t for name, layer in _some_layers(model).items()
+            for key, t in layer.adapter().items()}
+
+
+@torch.no_grad()
+def load_hydralora_state_dict(model, state):
+    """Copy an adapter into an injected model. Raises ValueError, with nothing copied, if the state
+    has other keys than the model, or under one of them another shape or no values."""
+    own = hydralora_state_dict(model)
+    wrong = {key: f"{type(state[key]).__name__} {tuple(getattr(state[key], 'shape', ()))} for "
+                  f"{tuple(t.shape)}" for key, t in own.items() if key in state
+             and not (_has_values(state[key]) and state[key].shape == t.shape)}
+    if own.keys() != state.keys() or wrong:
+        raise ValueError(f"state does not fit the model: missing {sorted(own.keys() - state.keys())}, "
+                         f"unexpected {sorted(state.keys() - own.keys())}, wrong {wrong}")
+    for key, value in own.items():
+        value.copy_(state[key])
+
+
+def from_official_state_dict(state):
+    """The official repository's checkpoint keys, with or without its prefix, to ours.
+
+    NAME.lora_A.weight (r, k), NAME.lora_B0.weight ... (d, r), NAME.lora_route.weight (n, k) ->
+    NAME.lora_A, NAME.lora_B (n, d, r), NAME.router.weight. Raises ValueError for any other key
+    and for a layer that is there twice, is not complete or whose shapes do not fit together.
+    """
+    layers = {}
+    for key, value in state.items():
+        match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.(lora_(?:A|B\d+|route))\.weight", key)
+        if not match:
+            raise ValueError(f"state: {key!r} is no key of an official HydraLoRA checkpoint")
+        parts = layers.setdefault(match[1], {})
+        if match[2] in parts:
+            raise ValueError(f"state: {match[1]!r} has {match[2]} with and without the prefix")
+        parts[match[2]] = value
+    ours = {}
+    for name, parts in layers.items():
+        shapes = {part: tuple(value.shape) for part, value in parts.items()}
+        (r, k), (d, _) = shapes.get("lora_A", (0, 0)), shapes.get("lora_B0", (0, 0))
+        heads = [f"lora_B{i}" for i in range(max(1, len(parts) - 2))]
+        if shapes != dict.fromkeys(heads, (d, r)) | dict(lora_A=(r, k), lora_route=(len(heads), k)):
+            raise ValueError(f"state: {name!r} needs lora_A (r, k), lora_B0, lora_B1, ... (d, r) "
+                             f"and lora_route (n, k), got {shapes}")
+        ours |= {f"{name}.lora_A": parts["lora_A"], f"{name}.router.weight": parts["lora_route"],
+                 f"{name}.lora_B": torch.stack([parts[head] for head in heads])}      # (n, d, r)
+    return ours
+
+
+def export_lora(model, gates):
+    """A plain LoRA of rank r for fixed gates, under PEFT's names: (state, config).
+
+    gates as for merge_hydralora. state: tensors by key, for adapter_model.safetensors. config: a
+    dict for adapter_config.json, whose patterns match whole names, so that no other layer is
+    adapted. To load the folder with AutoModelForCausalLM or PEFT's auto classes, add
+    config |= dict(base_model_name_or_path=..., task_type="CAUSAL_LM").
+    """
+    layers = _some_layers(model)
+    gates, state = _gates_by_name(layers, gates), {}
+    first = next(iter(layers.values()))
+    alpha = first.lora_alpha or 1       # one for all layers: B makes up for another alpha
+    for name, layer in layers.items():
+        A, B = layer.to_lora(gates[name])
+        state[f"base_model.model.{name}.lora_A.weight"] = A                   # (r, k)
+        state[f"base_model.model.{name}.lora_B.weight"] = B * (layer.lora_alpha / alpha)  # (d, r)
+    config = dict(peft_type="LORA", r=first.r, lora_alpha=alpha,
+                  target_modules="|".join(map(re.escape, layers)),
+                  rank_pattern={f"^{re.escape(name)}": m.r for name, m in layers.items()})
+    return state, config
+
+
+# ---- Choosing N (Appendix B) -----------------------------------------------------------------
+# X_i: TF-IDF vector of document i, of length 1. S_j: a cluster, C_j: its centre. Each centre is a
+# weighted sum of documents, C_j = sum_i M_ij X_i, so the products X_i.X_l are all that is needed:
+#     |X_i - C_j|^2 = X_i.X_i - 2 sum_l X_i.X_l M_lj + sum_il M_ij X_i.X_l M_lj
+
+
+def num_heads_from_corpus(documents, max_heads=10, seed=0):
+    """Appendix B: N from the corpus alone, by TF-IDF, k-means and the elbow of the SSE curve.
+
+    documents: sequences of token ids or strings; a document that is one string is split at white
+    space. Returns (n, sse): sse[K - 1] is the sum of squared distances to the nearest of K centres,
+    K = 1 .. max_heads. The paper says that the elbow is where "the rate of decrease in SSE slows
+    down", and gives no rule. Here it is the K whose gains, sse(K-1) - sse(K) and those before it,
+    exceed all later ones by the largest factor. Below 2.8, which one domain alone does not reach,
+    there is no elbow, and n is 1: a plain LoRA.
+
+    Trust it for up to 10 domains of different words, in documents of 25 tokens or more. Real text
+    has kinds within kinds: four kinds of source files gave 1. Then n is your choice; in Figure 8
+    2 to 4 do well. Of more than 3000 documents, 3000 are drawn by the seed; nothing else is random.
+    Memory: documents x (terms + 6 documents) in float32. Raises ValueError for fewer documents than
+    max_heads, TypeError for a single string.
+    """
+    if isinstance(documents, str):
+        raise TypeError("documents must be a sequence of documents, got one string")
+    documents = [d.split() if isinstance(d, str) else
+                 [token.item() if isinstance(token, torch.Tensor) else token for token in d]
+                 for d in documents]
+    if not 1 <= max_heads <= len(documents):
+        raise ValueError(f"max_heads must be from 1 to the number of documents, "
+                         f"{len(documents)}, got {max_heads}")
+    if len(documents) > 3000:
+        documents = random.Random(seed).sample(documents, 3000)
+    sse = _k_means_sse(_tf_idf_products(documents), min(max_heads + 3, len(documents)), max_heads)
+    gains = [before - after for before, after in zip(sse, sse[1:])]           # gains[K - 2] at K
+    rounding = 1e-5 * sse[0] + 1e-12
+    sharpness = {K: min(gains[:K - 1]) / max(*gains[K - 1:], rounding)
+                 for K in range(2, min(max_heads, len(gains)) + 1)}
+    n = max(sharpness, key=sharpness.get, default=1)
+    return (n if sharpness.get(n, 0) >= 2.8 else 1), sse[:max_heads]
+
+
+def _tf_idf_products(documents):
+    """X_i.X_l. X_i: counts times 1 + log((1 + documents) / (1 + those with the term)), of length 1."""
+    column = {}
+    index = [(i, column.setdefault(token, len(column)))
+             for i, document in enumerate(documents) for token in document]
+    X = torch.zeros(len(documents), len(column))                              # (documents, terms)
+    X.index_put_(tuple(torch.tensor(index).view(-1, 2).T), torch.ones(()), accumulate=True)
+    X *= 1 + torch.log((1 + len(documents)) / (1 + (X > 0).sum(0)))
+    X /= X.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return X @ X.T                                                        # (documents, documents)
+
+
+def _k_means_sse(products, largest, max_heads):
+    """SSE of K = 1 .. largest centres.
+
+    The paper draws the first centres at random. Here K + 1 centres grow out of the best K: one is
+    added where it takes most off the SSE, then all move. So luck plays no part, and SSE only falls.
+    """
+    def squared_distances(M):           # (documents, centres) -> the same
+        PM = products @ M
+        return products.diagonal()[:, None] - 2 * PM + (M * PM).sum(0)
+
+    count = len(products)
+    near = products.topk(max(1, count // (2 * max_heads)), dim=0).indices     # (some, documents)
+    means = torch.zeros_like(products).scatter_(0, near, 1 / len(near))
+    to_new = squared_distances(means)   # new centres are tried at the mean of a document's nearest
+    owner, sse = torch.zeros(count, dtype=torch.long), []
+    for K in range(1, largest + 1):
+        if K > 1:
+            best = (nearest[:, None] - to_new).clamp_min_(0).sum(0).argmax()
+            owner = torch.where(to_new[:, best] < nearest, K - 1, owner)
+        for _ in range(100):
+            members = F.one_hot(owner, K).float()                             # S_j: (documents, K)
+            distances = squared_distances(members / members.sum(0).clamp_min(1))      # Eq. 8
+            distances[:, members.sum(0) == 0] = math.inf
+            before, owner = owner, distances.argmin(1)                        # Eq. 7
+            if torch.equal(before, owner):
+                break
+        nearest = distances.amin(1).clamp_min(0)                              # (documents,)
+        sse.append(nearest.sum().item())
+    return sse
