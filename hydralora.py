@@ -100,6 +100,12 @@ class Router(nn.Module):
         return hydralora_gates(x, self.weight)
 
 
+def _has_values(t):
+    """Whether t is a plain floating-point tensor: not on meta, quantised, sharded or sparse."""
+    return (type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta
+            and t.layout == torch.strided and t.is_floating_point())
+
+
 class HydraLoRALinear(nn.Module):
     """A frozen nn.Linear with a HydraLoRA update: Eq. 3, x (..., k) -> y (..., d).
 
@@ -107,10 +113,9 @@ class HydraLoRALinear(nn.Module):
     num_heads: n. r: the rank of A and of each B_i. lora_alpha: scaling = lora_alpha / r.
     lora_dropout: probability in [0, 1). router_input: "x" or "Ax", see [1].
 
-    The adapter is float32, or float64 for a float64 base. It computes in its own dtype, or in
-    autocast's, and y has the dtype of base(x). In float16 (after .half()) logits above 65504 make
-    y nan. Raises TypeError for a base that is no real nn.Linear, ValueError for other arguments
-    and for an x of another width or device.
+    The adapter is float32, or float64 for a float64 base, and computes in its own dtype, or in
+    autocast's; y has the dtype of base(x). In float16 (after .half()) logits above 65504 make y
+    nan. Raises TypeError for a base that is no real nn.Linear, else ValueError.
     """
 
     def __init__(self, base, *, num_heads=3, r=8, lora_alpha=16, lora_dropout=0.0,
@@ -120,7 +125,7 @@ class HydraLoRALinear(nn.Module):
         for name, value in (("num_heads", num_heads), ("r", r)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if type(lora_alpha) not in (int, float) or not math.isfinite(lora_alpha):
+        if not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
             raise ValueError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout!r}")
@@ -187,10 +192,9 @@ class HydraLoRALinear(nn.Module):
 
         gates (n,). Exact where the router gives these gates: for every x if n = 1, if all B_i
         are equal, or if the router is constant. Elsewhere this layer is the merged one plus
-        scaling * sum_i (w_i(x) - gates_i) B_i A x [8]. The layer itself is left as it was; the
-        sum is taken in float32 or better and cast once. Raises ValueError for gates of another
-        shape, and TypeError for a base whose weight is quantised, computed or sharded, or which
-        does not compute W0 x + bias: one x goes through it to see.
+        scaling * sum_i (w_i(x) - gates_i) B_i A x [8]. The sum is taken in float32 or better and
+        cast once; this layer stays as it is. Raises TypeError for a base whose weight is
+        quantised, computed or sharded, or which does not compute W0 x + bias: one x is tried.
         """
         A, B = self.to_lora(gates)
         W0, kind = self.base._parameters.get("weight"), type(self.base).__name__
@@ -218,19 +222,13 @@ class HydraLoRALinear(nn.Module):
 
     bias = property(lambda self: self.base.bias)
 
-    def adapter(self):
-        """The trained part of the state_dict: lora_A, lora_B, router.weight."""
+    def _adapter(self):
+        """The trained part of the state_dict."""
         return {key: t for key, t in self.state_dict().items() if not key.startswith("base.")}
 
     def extra_repr(self):
         return (f"num_heads={self.num_heads}, r={self.r}, lora_alpha={self.lora_alpha}, "
                 f"router_input={self.router_input!r}")
-
-
-def _has_values(t):
-    """Whether t is a plain floating-point tensor: not on meta, quantised, sharded or sparse."""
-    return (type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta
-            and t.layout == torch.strided and t.is_floating_point())
 
 
 # ---- A tiny transformer ----------------------------------------------------------------------
@@ -252,10 +250,8 @@ class TinyBlock(nn.Module):
         width, inner = config.hidden_size, config.intermediate_size
         self.num_attention_heads = config.num_attention_heads
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            nn.Linear(width, width, bias=False) for _ in range(4))
         self.up_proj, self.down_proj = nn.Linear(width, inner), nn.Linear(inner, width)
 
     def forward(self, h):
@@ -316,8 +312,8 @@ def inject_hydralora(model, targets, **layer_arguments):
 
     Raises ValueError, with the model as it was, for a target that matches no nn.Linear, that is
     injected already, or that nn.MultiheadAttention or nn.TransformerEncoderLayer hold: those read
-    the weight without calling the layer. Other libraries have such models too: run one under
-    record_gates, and the layers that were not called are missing.
+    the weight and never call the layer. Models of other libraries may do so too: run one under
+    record_gates, and such layers are missing.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -355,7 +351,7 @@ def _some_layers(model, with_values=True):
     if not layers:
         raise ValueError("model has no HydraLoRALinear: not injected, or merged already")
     for name, layer in layers.items():
-        if with_values and not all(map(_has_values, layer.adapter().values())):
+        if with_values and not all(map(_has_values, layer._adapter().values())):
             raise ValueError(f"layer {name!r} has no values: its adapter is on meta, or sharded")
     return layers
 
@@ -434,7 +430,7 @@ def merge_hydralora(model, gates):
 
 
 def unmerge_hydralora(model, layers):
-    """Put back the layers that merge_hydralora returned: each weight is what it was, bit for bit."""
+    """Put back the layers that merge_hydralora returned: all weights as before, bit for bit."""
     modules = dict(model.named_modules())
     wrong = [name for name in layers if not isinstance(modules.get(name), nn.Linear)]
     if wrong:
@@ -449,13 +445,12 @@ def unmerge_hydralora(model, layers):
 def hydralora_state_dict(model):
     """The adapter alone: NAME.lora_A (r, k), NAME.lora_B (n, d, r), NAME.router.weight (n, k or r).
 
-    The tensors are the model's own, as in nn.Module.state_dict. Keep the arguments of
-    inject_hydralora beside them: lora_alpha and router_input cannot be told from the state. After
-    FSDP2, load torch.distributed.checkpoint.state_dict.get_model_state_dict, with the options
-    full_state_dict and ignore_frozen_params, into a model that is not sharded.
+    Keep the arguments of inject_hydralora beside it: lora_alpha and router_input cannot be told
+    from the state. After FSDP2, load torch.distributed.checkpoint.state_dict.get_model_state_dict,
+    with the options full_state_dict and ignore_frozen_params, into a model that is not sharded.
     """
     return {f"{name}.{key}": t for name, layer in _some_layers(model).items()
-            for key, t in layer.adapter().items()}
+            for key, t in layer._adapter().items()}
 
 
 @torch.no_grad()
@@ -467,8 +462,9 @@ def load_hydralora_state_dict(model, state):
                   f"{tuple(t.shape)}" for key, t in own.items() if key in state
              and not (_has_values(state[key]) and state[key].shape == t.shape)}
     if own.keys() != state.keys() or wrong:
-        raise ValueError(f"state does not fit the model: missing {sorted(own.keys() - state.keys())}, "
-                         f"unexpected {sorted(state.keys() - own.keys())}, wrong {wrong}")
+        missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+        raise ValueError(f"state does not fit the model: missing {sorted(missing)}, unexpected "
+                         f"{sorted(unexpected)}, wrong {wrong}")
     for key, value in own.items():
         value.copy_(state[key])
 
@@ -535,16 +531,14 @@ def num_heads_from_corpus(documents, max_heads=10, seed=0):
 
     documents: sequences of token ids or strings; a document that is one string is split at white
     space. Returns (n, sse): sse[K - 1] is the sum of squared distances to the nearest of K centres,
-    K = 1 .. max_heads. The paper says that the elbow is where "the rate of decrease in SSE slows
-    down", and gives no rule. Here it is the K whose gains, sse(K-1) - sse(K) and those before it,
-    exceed all later ones by the largest factor. Below 2.8, which one domain alone does not reach,
-    there is no elbow, and n is 1: a plain LoRA.
+    K = 1 .. max_heads. The elbow is where "the rate of decrease in SSE slows down"; the paper has
+    no rule for it. Here it is the K whose gains, sse(K-1) - sse(K) and those before it, exceed all
+    later ones by the largest factor; below 2.8, which one domain does not reach, n is 1.
 
     Trust it for up to 10 domains of different words, in documents of 25 tokens or more. Real text
     has kinds within kinds: four kinds of source files gave 1. Then n is your choice; in Figure 8
-    2 to 4 do well. Of more than 3000 documents, 3000 are drawn by the seed; nothing else is random.
-    Memory: documents x (terms + 6 documents) in float32. Raises ValueError for fewer documents than
-    max_heads, TypeError for a single string.
+    2 to 4 do well. Of more than 3000 documents the seed draws 3000; nothing else is random. Memory:
+    documents x (terms + 6 documents) floats. Raises ValueError for fewer documents than max_heads.
     """
     if isinstance(documents, str):
         raise TypeError("documents must be a sequence of documents, got one string")
@@ -566,23 +560,21 @@ def num_heads_from_corpus(documents, max_heads=10, seed=0):
 
 
 def _tf_idf_products(documents):
-    """X_i.X_l. X_i: counts times 1 + log((1 + documents) / (1 + those with the term)), of length 1."""
+    """X_i.X_l. X: counts times 1 + log((1 + documents) / (1 + those with the term)), length 1."""
     column = {}
     index = [(i, column.setdefault(token, len(column)))
              for i, document in enumerate(documents) for token in document]
     X = torch.zeros(len(documents), len(column))                              # (documents, terms)
-    X.index_put_(tuple(torch.tensor(index).view(-1, 2).T), torch.ones(()), accumulate=True)
+    index = torch.tensor(index, dtype=torch.long).view(-1, 2).T               # (2, all tokens)
+    X.index_put_(tuple(index), torch.ones(()), accumulate=True)
     X *= 1 + torch.log((1 + len(documents)) / (1 + (X > 0).sum(0)))
     X /= X.norm(dim=1, keepdim=True).clamp_min(1e-12)
     return X @ X.T                                                        # (documents, documents)
 
 
 def _k_means_sse(products, largest, max_heads):
-    """SSE of K = 1 .. largest centres.
-
-    The paper draws the first centres at random. Here K + 1 centres grow out of the best K: one is
-    added where it takes most off the SSE, then all move. So luck plays no part, and SSE only falls.
-    """
+    """SSE of K = 1 .. largest centres. The paper draws the first ones at random. Here K + 1 centres
+    grow out of the best K, by the one that takes most off the SSE: no luck, and SSE only falls."""
     def squared_distances(M):           # (documents, centres) -> the same
         PM = products @ M
         return products.diagonal()[:, None] - 2 * PM + (M * PM).sum(0)

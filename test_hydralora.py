@@ -17,18 +17,18 @@ with -k what your code is made for, as in -k "oracle and 3d and not float64":
     float64, float32            every case, within 1e-10 of the equations or a few float32 roundings
     bfloat16, half              a few cases where rounding is the question; half is float16
     mixed                       x, W0 and bias in bfloat16 with A, B and Wg in float32
-    autocast                    float32 under torch.autocast(dtype=torch.bfloat16)
+    autocast                    float32, or mixed, under torch.autocast(dtype=torch.bfloat16)
     empty                       no tokens at all
 
 Gradients are asked for x, A, B and Wg. W0 and bias may get none, as of a frozen base; a gradient
-that they do get is checked.
+that they do get is checked. Second derivatives are not asked for.
 """
 import collections
 import copy
 import functools
 import importlib
 import importlib.util
-import io
+import itertools
 import json
 import math
 import os
@@ -49,9 +49,9 @@ from torch import nn
 import hydralora
 from hydralora import (
     HydraLoRALinear, Router, TinyConfig, TinyTransformer, export_lora, from_official_state_dict,
-    hydralora_delta, hydralora_forward, hydralora_layers, hydralora_state_dict, inject_hydralora,
-    hook_gates, load_hydralora_state_dict, mean_gates, merge_hydralora, num_heads_from_corpus, record_gates,
-    unmerge_hydralora)
+    hook_gates, hydralora_delta, hydralora_forward, hydralora_layers, hydralora_state_dict,
+    inject_hydralora, load_hydralora_state_dict, mean_gates, merge_hydralora,
+    num_heads_from_corpus, record_gates, unmerge_hydralora)
 
 torch.set_num_threads(1)        # the tensors are small; more threads only get in each other's way
 HERE = Path(__file__).parent
@@ -86,9 +86,9 @@ def read_device(text):
 NAME = os.environ.get("HYDRALORA_IMPL", "hydralora:hydralora_forward")
 IMPLEMENTATION = setting("HYDRALORA_IMPL", NAME, read_implementation)
 DEVICE = setting("HYDRALORA_DEVICE", "cuda" if torch.cuda.is_available() else "cpu", read_device)
-unknown = {v for v in os.environ if v.startswith("HYDRALORA_")} - {"HYDRALORA_IMPL", "HYDRALORA_DEVICE"}
-if unknown:
-    raise pytest.Collector.CollectError(f"{sorted(unknown)}: HYDRALORA_IMPL or HYDRALORA_DEVICE is meant")
+VARIABLES = {"HYDRALORA_IMPL", "HYDRALORA_DEVICE"}
+if unknown := {v for v in os.environ if v.startswith("HYDRALORA_")} - VARIABLES:
+    raise pytest.Collector.CollectError(f"{sorted(unknown)}: is one of {sorted(VARIABLES)} meant?")
 
 
 def has_products(dtype, device="cpu"):
@@ -145,7 +145,8 @@ def reference(x, W0, bias, A, B, Wg, scaling, grad_y):
 def loop(x, W0, bias, A, B, Wg, scaling):
     """The sum of Eq. 3 as it is printed, in torch: how much a dtype rounds."""
     y, x = F.linear(x, W0, bias), x.to(A.dtype)
-    w = torch.softmax(F.linear(x, Wg).float(), -1).to(x.dtype)
+    high = torch.promote_types(x.dtype, torch.float32)
+    w = torch.softmax(F.linear(x, Wg).to(high), -1).to(x.dtype)
     for i in range(len(B)):
         y = y + (w[..., i, None] * F.linear(F.linear(x, A), B[i]) * scaling).to(y.dtype)
     return y
@@ -165,9 +166,12 @@ class Case:
     scaling: float = 1.75
     logits: float = 1.0                     # standard deviation of the router's logits
     layout: str = "contiguous"              # see laid_out
+    lies: str = "x W0 bias A B Wg grad_y"   # what lies so; the rest is contiguous
     needs: str = "x W0 bias A B Wg"         # what needs a gradient
-    mean: float = 0.0                       # of x and grad_y: not 0, and sums over tokens grow large
+    mean: float = 0.0                       # of x and grad_y; not 0: sums over tokens grow large
     unit: float = 1.0                       # x is larger by this, and W0, A and Wg are smaller
+    gradient: float = 1.0                   # size of grad_y
+    zero: str = ""                          # what is 0: "A", "B", "Wg", the first "token"
     seed: int = 0
 
     @property
@@ -176,66 +180,86 @@ class Case:
 
 
 ADAPTER = "x A B Wg"                        # what needs a gradient where the base is frozen
+TILES = dict(lead=(2, 161), k=200, d=328, r=8, n=3)
 CASES = {
     "plain": Case(),
     "frozen-base": Case(needs=ADAPTER),
     "no-bias": Case(bias=False, needs=ADAPTER),
     # how the tensors lie in memory
     "column-major": Case(lead=(3, 5), layout="columns"),
+    "flat-columns": Case(lead=(9,), layout="columns"),
     "strided-rows": Case(lead=(3, 5), layout="rows"),
-    "strided-flat": Case(lead=(9,), layout="rows"),
+    "flat-rows": Case(lead=(9,), layout="rows"),
+    "every-second": Case(lead=(3, 5), layout="second"),
+    "storage-offset": Case(lead=(3, 5), layout="offset"),
     "swapped-axes": Case(lead=(3, 5), layout="swapped"),
-    "expanded": Case(lead=(3, 5), layout="expanded"),
-    # what needs a gradient
-    "first-layer": Case(needs="A B Wg"),
-    "fixed-A": Case(needs="x B Wg"),
-    "fixed-B": Case(needs="x A Wg"),
-    "fixed-router": Case(needs="x A B"),
-    "frozen-adapter": Case(needs="x"),
-    "only-A": Case(needs="A"),
-    "only-B": Case(needs="B"),
-    "only-router": Case(needs="Wg"),
+    "four-swapped": Case(lead=(3, 5, 2), layout="swapped"),
+    "gaps-between": Case(lead=(3, 5), layout="gaps"),
+    "square-columns": Case(lead=(9,), k=6, layout="columns", needs=ADAPTER),
+    "one-for-all": Case(lead=(3, 5), layout="expanded"),
+    "flat-for-all": Case(lead=(5,), layout="expanded"),
+    "one-each": Case(lead=(3, 5), layout="expanded rows"),
+    **{f"{name.replace('_y', '')}-by-column": Case(lead=(9,), layout="columns", lies=name)
+       for name in ("x", "W0", "A", "B", "Wg", "grad_y")},
     # the axes before k
     "vector": Case(lead=()),
     "sequence": Case(lead=(9,), bias=False),
     "single": Case(lead=(1,)),
     "batch-of-one": Case(lead=(1, 6)),
-    "token-each": Case(lead=(3, 1)),
-    "token-in-all": Case(lead=(1, 1)),
+    "token-each": Case(lead=(9, 1)),
+    "token-in-all": Case(lead=(1, 1), k=1500, d=100, r=17, n=9),
     "third-axis-n": Case(lead=(2, 3, 4)),
     "many-axes": Case(lead=(2, 1, 3, 2), bias=False),
     "empty-flat": Case(lead=(0,)),
     "empty-batch": Case(lead=(0, 5)),
+    "empty-rows": Case(lead=(2, 0)),
     # sizes
-    "square": Case(k=6, needs=ADAPTER),
     "all-three": Case(lead=(3, 3), k=3, d=3, n=3),
     "head-alone": Case(n=1),
-    "rank-one": Case(r=1),
-    "rank-above-width": Case(r=9),
-    "rank-sixteen": Case(lead=(2, 64), k=64, d=128, r=16, n=2, needs=ADAPTER),
-    "rank-sixty-four": Case(lead=(2, 9), k=72, d=80, r=64, n=3, needs=ADAPTER),
-    "rank-odd": Case(lead=(2, 9), k=150, d=140, r=131, n=2, needs=ADAPTER),
+    "heads-eight": Case(n=8),
     "heads-even": Case(lead=(2, 9), n=32, needs=ADAPTER),
-    "heads-odd": Case(lead=(2, 9), n=37, r=5, needs=ADAPTER),
-    "whole-tiles": Case(lead=(2, 128), k=128, d=256, r=8, n=4, needs=ADAPTER),
-    "tiles-and-rest": Case(lead=(2, 161), k=200, d=328, r=8, n=3, needs=ADAPTER),
+    "heads-odd": Case(lead=(2, 9), n=67, r=5, needs=ADAPTER),
+    "rank-one": Case(r=1),
+    "width-one": Case(k=1, d=1),
+    "rank-above-width": Case(r=9),
+    "rank-sixteen": Case(lead=(2, 64), k=64, d=128, r=16, n=16, needs=ADAPTER),
+    "rank-forty-eight": Case(lead=(17, 3), k=64, d=64, r=48, n=2, needs=ADAPTER),
+    "rank-sixty-four": Case(lead=(2, 9), k=72, d=80, r=64, n=9, needs=ADAPTER),
+    "rank-odd": Case(lead=(2, 9), k=150, d=140, r=259, n=2, needs=ADAPTER),
+    "whole-tiles": Case(lead=(2, 512), k=256, d=256, r=8, n=4, needs=ADAPTER),
+    "tiles-and-rest": Case(**TILES),
+    "first-layer": Case(**TILES, needs="A B Wg"),
+    "fixed-A": Case(**TILES, needs="x B Wg"),
     "wide-input": Case(lead=(1, 3), k=4099, needs=ADAPTER),
     "wide-output": Case(lead=(1, 3), d=4099, needs=ADAPTER),
-    "thousands": Case(lead=(2, 2051), k=16, d=24, r=8, n=3, mean=1.0, needs=ADAPTER),
+    "thousands": Case(lead=(2, 2051), k=16, d=24, r=8, n=3, mean=1.0),
     # values
     "negative-scaling": Case(scaling=-0.75),
     "zero-scaling": Case(scaling=0.0),
+    "small-scaling": Case(scaling=1 / 128),
+    "large-scaling": Case(scaling=1e6),
+    "integer-scaling": Case(scaling=2),
+    "heads-at-zero": Case(zero="B"),
+    "shared-at-zero": Case(zero="A"),
+    "router-at-zero": Case(zero=("Wg",)),
+    "small-gradient": Case(gradient=2.0 ** -25),
+    "token-at-zero": Case(zero="token"),
     "peaked": Case(logits=8, n=6),
-    "saturated": Case(logits=1000),
+    "steep": Case(logits=200),
+    "saturated": Case(lead=(4, 10), logits=1e5, n=3),
     "large-x": Case(unit=2.0 ** 20),
 }
+half_precision = (
+    "plain", "no-bias", "vector", "strided-rows", "tiles-and-rest", "first-layer", "thousands")
 GROUPS = {  # word for -k: dtype of x, W0 and bias; of A, B and Wg; and the cases
     "float64": (torch.float64, torch.float64, CASES),
     "float32": (torch.float32, torch.float32, CASES),
-    "bfloat16": (torch.bfloat16, torch.bfloat16, ("plain", "tiles-and-rest", "thousands", "large-x")),
-    "half": (torch.float16, torch.float16, ("plain", "tiles-and-rest", "peaked")),
-    "mixed": (torch.bfloat16, torch.float32, ("plain", "tiles-and-rest", "thousands")),
-    "autocast": (torch.float32, torch.float32, ("plain", "tiles-and-rest", "thousands")),
+    "bfloat16": (torch.bfloat16, torch.bfloat16, (
+        *half_precision, "large-x", "steep", "small-gradient", "wide-input", "wide-output")),
+    "half": (torch.float16, torch.float16, (*half_precision, "peaked", "small-scaling")),
+    "mixed": (torch.bfloat16, torch.float32, (*half_precision, "small-gradient")),
+    "autocast": (torch.float32, torch.float32, (*half_precision, "steep")),
+    "mixed-autocast": (torch.bfloat16, torch.float32, half_precision),
 }
 
 
@@ -243,14 +267,22 @@ def laid_out(t, layout, name):
     """The same numbers, lying in memory in another way."""
     if layout == "columns" and t.dim() > 1:             # matrices by column
         return t.mT.contiguous().mT
-    if layout == "rows" and t.dim() > 0:                # slices of wider rows, nan between them
-        wider = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 1), math.nan)
-        wider[..., 1:1 + t.shape[-1]] = t
-        return wider[..., 1:1 + t.shape[-1]]
+    if layout in ("rows", "second", "offset") and t.numel():
+        # slices of something larger, with nan between the rows, between the numbers, or before
+        step = 2 if layout == "second" else 1
+        width = t.shape[-1] * step + (0 if layout == "offset" else 1)
+        flat = t.new_full((1 + t[..., 0].numel() * width,), math.nan)
+        rows = flat[1:].view(*t.shape[:-1], width)[..., :t.shape[-1] * step:step]
+        return rows.copy_(t)
+    if layout == "gaps" and t.dim() > 2 and t.numel():  # a gap after each sequence
+        return F.pad(t, (0, 0, 0, 1), value=math.nan)[:, :-1]
     if layout == "swapped" and t.dim() > 2:             # x from (t, b, k), B from (d, n, r)
         return t.transpose(0, 1).contiguous().transpose(0, 1)
-    if layout == "expanded" and name in ("x", "grad_y"):    # one row of x for all; y.sum().backward()
-        return (t[:1] if name == "x" else t[:1, :1, :1]).expand_as(t)
+    if layout == "expanded" and name in ("x", "grad_y"):    # one x for all; y.mean().backward()
+        one = t[:1] if name == "x" else t.flatten()[:1].view([1] * t.dim())
+        return one.expand_as(t)
+    if layout == "expanded rows" and name in ("x", "grad_y"):       # one x for each sequence
+        return t[:, :1].expand_as(t)
     return t
 
 
@@ -269,20 +301,31 @@ class Problem:
                       B=rng.normal(size=(c.n, c.d, c.r)) / c.r**0.5,
                       Wg=c.logits * small * rng.normal(size=(c.n, c.k)),
                       grad_y=c.mean + rng.normal(size=c.lead + (c.d,)))
+        arrays["grad_y"] *= c.gradient
+        for name in ("x", "grad_y") if c.zero == "token" else c.zero:
+            arrays[name][(0, 0) if c.zero == "token" else ...] = 0
         if c.layout == "expanded":
             arrays["x"] = np.broadcast_to(arrays["x"][:1], arrays["x"].shape)
-            arrays["grad_y"] = np.ones_like(arrays["grad_y"])
+            arrays["grad_y"] = np.full_like(arrays["grad_y"], 0.3)
+        if c.layout == "expanded rows":
+            for name in ("x", "grad_y"):
+                arrays[name] = np.broadcast_to(arrays[name][:, :1], arrays[name].shape)
         self.rounded = {name: None if a is None else torch.tensor(
             a, dtype=adapter if name in ("A", "B", "Wg") else dtype) for name, a in arrays.items()}
 
-    def tensors(self):
-        return {name: None if t is None else laid_out(
-            t.to(self.device, copy=True), self.case.layout, name)
-                for name, t in self.rounded.items()}
+    def tensor(self, name):
+        t, c = self.rounded[name], self.case
+        if t is None:
+            return None
+        t = laid_out(t.to(self.device, copy=True), c.layout if name in c.lies.split() else "", name)
+        return t.requires_grad_(name in c.needs.split())
+
+    def inputs(self):
+        return {name: self.tensor(name) for name in ("x", "W0", "bias", "A", "B", "Wg")}
 
     def scope(self):
-        enabled = self.group == "autocast"
-        return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=enabled)
+        return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16,
+                              enabled="autocast" in self.group)
 
     @functools.cached_property
     def expected(self):
@@ -294,7 +337,7 @@ class Problem:
 
     @functools.cached_property
     def allowed(self):
-        """quantity -> the largest error, relative to the quantity's norm (or to 1 below that).
+        """quantity -> the largest error, relative to the quantity's norm (see off).
 
         1e-10 in float64, else 5 times the error of the plain loop in the same dtypes and 4e-6.
         Why 5: m partial sums that are added up in a low dtype are off by about sqrt(m / 3) of its
@@ -304,51 +347,69 @@ class Problem:
         """
         if self.group == "float64":
             return dict.fromkeys(self.expected, 1e-10)
-        return {q: 5 * off(t, self.expected[q]) + 4e-6 for q, t in call(loop, self).items()}
+        return {q: 5 * self.off(q, t) + 4e-6 for q, t in call(loop, self).items()}
+
+    def off(self, q, found, expected=None):
+        """Frobenius distance of a quantity, relative to the norm of what is expected, or to 1 if
+        that is larger (for gradients, in units of grad_y). No gradient counts as 0."""
+        c, zero = self.case, torch.zeros(())
+        expected = self.expected[q] if expected is None else expected[q]
+        found, expected = (zero if t is None else t for t in (found, expected))
+        if expected.isnan().any():              # only a mistake gives that
+            both = expected.isnan() & found.isnan()
+            found, expected = found.masked_fill(both, 0), expected.masked_fill(both, 0)
+        least = {"y": 1, "gradient of x": c.gradient / c.unit}.get(q, c.gradient)
+        return ((found - expected).norm() / expected.norm().clamp_min(least)).item()
 
 
-def off(found, expected):
-    """Frobenius distance, relative to the norm of what is expected; no gradient counts as 0."""
-    zero = torch.zeros(())
-    found, expected = (zero if t is None else t for t in (found, expected))
-    return ((found - expected).norm() / expected.norm().clamp_min(1)).item()
-
-
-def differing(found, p, expected):
+def differing(found, p, expected=None):
     """The quantities that are further off than allowed, the worst first."""
-    excess = {q: off(t, expected[q]) / p.allowed[q] for q, t in found.items()}
+    excess = {q: p.off(q, t, expected) / p.allowed[q] for q, t in found.items()}
     return sorted((q for q in found if not excess[q] <= 1), key=lambda q: -excess[q])   # nan too
 
 
-def start(function, p, given=None):
-    """Call the function on a problem; asserts what holds for every y."""
-    given = p.tensors() if given is None else given
-    before = {name: None if t is None else t.clone() for name, t in given.items()}
-    inputs = {name: t if t is None else t.detach().requires_grad_(name in p.case.needs.split())
-              for name, t in given.items() if name != "grad_y"}
+def demand(fact, message):
+    if not fact:                # an assert would print the tensors too
+        raise AssertionError(message)
+
+
+def start(function, p, inputs=None):
+    """Call the function on a problem; fails unless what holds for every y holds."""
+    inputs, needs = p.inputs() if inputs is None else inputs, p.case.needs.split()
+    flags = {name: t is not None and t.requires_grad for name, t in inputs.items()}
+    before = {name: None if t is None else t.detach().clone() for name, t in inputs.items()}
     with p.scope():
         y = function(*inputs.values(), p.case.scaling)
-    shape, dtype = given["grad_y"].shape, given["grad_y"].dtype
-    assert isinstance(y, torch.Tensor), f"expected one tensor, got {type(y).__name__}"
-    assert y.shape == shape, f"expected y of shape {tuple(shape)}, got {tuple(y.shape)}"
-    assert y.dtype == dtype or p.group == "autocast", f"expected y of {dtype}, got {y.dtype}"
-    return SimpleNamespace(y=y, inputs=inputs, given=given, before=before, needs=p.case.needs.split())
+    shape, dtype = p.rounded["grad_y"].shape, p.rounded["grad_y"].dtype
+    demand(isinstance(y, torch.Tensor), f"expected one tensor, got {type(y).__name__}")
+    demand(y.shape == shape, f"expected y of shape {tuple(shape)}, got {tuple(y.shape)}")
+    demand(y.dtype == dtype or "autocast" in p.group and y.dtype in (torch.bfloat16, torch.float32),
+           f"expected y of {dtype}, got {y.dtype}")
+    for name, flag in flags.items():
+        demand(inputs[name] is None or inputs[name].requires_grad == flag,
+               f"requires_grad of {name} was changed")
+    return SimpleNamespace(
+        y=y, inputs=inputs, before=before, needs=needs, grad_y=p.tensor("grad_y"))
 
 
 def finish(run, **how):
     """Backward; quantity -> tensor, None for a gradient of x, A, B or Wg that does not come."""
     if run.y.requires_grad:
-        run.y.backward(run.given["grad_y"].to(run.y.dtype), **how)
-    for name, t in run.given.items():
-        assert t is None or torch.equal(t.nan_to_num(), run.before[name].nan_to_num()), (
-            f"{name} was changed in place")
+        run.y.backward(run.grad_y.detach().to(run.y.dtype), **how)
+    for name, t in run.inputs.items():
+        demand(t is None or torch.equal(t.detach().nan_to_num(), run.before[name].nan_to_num()),
+               f"{name} was changed in place")
     grads = {name: t.grad for name, t in run.inputs.items() if t is not None and name in run.needs}
     return {"y": run.y.detach()} | {f"gradient of {name}": g for name, g in grads.items()
                                     if g is not None or name not in ("W0", "bias")}
 
 
-def call(function, p, given=None):
-    return as_float64(finish(start(function, p, given)))
+def call(function, p, inputs=None):
+    """Forward and backward; quantity -> float64 on the CPU."""
+    for t in (inputs or {}).values():
+        if t is not None:
+            t.grad = None
+    return as_float64(finish(start(function, p, inputs)))
 
 
 def as_float64(found):
@@ -363,17 +424,18 @@ def problem(case, group, device=DEVICE):
 # ---- The checks ------------------------------------------------------------------------------
 
 
-def must_be_right(found, p, known=()):
+def must_be_right(found, p, moment="", known=()):
     """Fails with what is wrong and by how much, what is right, and what known mistake it is."""
-    wrong = differing(found, p, p.expected)
+    wrong = differing(found, p)
     if not wrong:
         return
     worst, right = wrong[0], [q for q in found if q not in wrong]
-    lines = [f"{worst} {'is missing' if found[worst] is None else 'is wrong'}, error "
-             f"{off(found[worst], p.expected[worst]):.2g}, allowed {p.allowed[worst]:.2g}",
-             f"wrong: {', '.join(wrong)}; right: {', '.join(right) or 'nothing'}"]
-    if all(found.get(f"gradient of {name}", 0) is None for name in p.case.needs.split()
-           if name in ("A", "B", "Wg")):
+    lines = [f"{moment}{worst} {'is missing' if found[worst] is None else 'is wrong'}, error "
+             f"{p.off(worst, found[worst]):.2g}, allowed {p.allowed[worst]:.2g}"]
+    if len(found) > 1:
+        lines += [f"wrong: {', '.join(wrong)}; right: {', '.join(right) or 'nothing'}"]
+    adapter = [found[q] for q in found if q in ("gradient of A", "gradient of B", "gradient of Wg")]
+    if len(adapter) == 3 and all(t is None for t in adapter) and "y" in right:
         lines += ["no gradient reaches the A, B and Wg that were passed: were they copied into a "
                   "layer's parameters? torch.func.functional_call passes on the tensors themselves"]
     elif same := [name for name in known if gives(known[name], found, p)]:
@@ -383,17 +445,37 @@ def must_be_right(found, p, known=()):
 
 def gives(mistake, found, p):
     """Whether a wrong implementation gives on this problem what was found."""
-    try:
-        mistaken = call(mistake, p)
-    except Exception:           # it does not run on this problem
-        return False
+    mistaken = result_of(mistake, p)
     return found.keys() == mistaken.keys() and not differing(found, p, mistaken)
+
+
+@functools.lru_cache(maxsize=200)
+def result_of(mistake, p):
+    try:
+        return call(mistake, p)
+    except Exception:           # it does not run on this problem
+        return {}
+
+
+MODES = {"without gradients: ": torch.no_grad, "in inference mode: ": torch.inference_mode}
+
+
+def y_of(function, p, mode, inputs=None):
+    inputs = p.inputs() if inputs is None else inputs
+    with mode():
+        y = start(function, p, inputs).y
+    demand(not y.requires_grad, "y requires a gradient under no_grad")
+    demand(not y.is_inference() or mode is torch.inference_mode,
+           "y is an inference tensor under no_grad")
+    return y
 
 
 def check(function, case, group, known=()):
     compile_anew()
     p = problem(CASES[case], group)
-    must_be_right(call(function, p), p, known)
+    must_be_right(call(function, p), p, known=known)
+    for moment, mode in MODES.items():
+        must_be_right(as_float64({"y": y_of(function, p, mode)}), p, moment)
 
 
 def compile_anew():
@@ -410,9 +492,10 @@ def check_by_hand(function):
     """
     t = lambda *rows: torch.tensor(rows, dtype=torch.float32, device=DEVICE)
     y = function(t([[1, 2]]), t([1, 0], [0, 1]), t(10, 20), t([1, 1]), t([[1], [2]], [[5], [-2]]),
-                 t([math.log(3), 0], [0, 0]), 2.0).detach()
-    assert torch.allclose(y, t([[23, 28]]), rtol=0, atol=1e-4), (
-        f"y is wrong: expected (23, 28), got {tuple(y.flatten().tolist())}")
+                 t([math.log(3), 0], [0, 0]), 2.0)
+    demand(isinstance(y, torch.Tensor), f"expected one tensor, got {type(y).__name__}")
+    demand(y.shape == (1, 1, 2) and torch.allclose(y, t([[23, 28]]), rtol=0, atol=1e-4),
+           f"y is wrong: expected ((23, 28)), got {y.tolist()}")
 
 
 # What one call must not leave behind for the next.
@@ -426,79 +509,154 @@ def at(group, *changed, **case):
 
 
 def scaling_changes(function, group):
-    tensors = at(group).tensors()
+    inputs = at(group).inputs()
     for scaling in (1.75, -0.5):
         p = at(group, scaling=scaling)
-        must_be_right(call(function, p, tensors), p)
+        must_be_right(call(function, p, inputs), p, f"the same tensors, scaling {scaling}: ")
 
 
 def shape_changes(function, group):
     for case in (dict(), dict(lead=(4, 7), seed=2), dict(seed=1)):
-        must_be_right(call(function, at(group, **case)), at(group, **case))
+        must_be_right(call(function, at(group, **case)), at(group, **case), f"now {case}: ")
 
 
 def tensor_changes(function, group):
-    """In place, as an optimizer does it."""
-    for name in ("A", "B", "Wg", "W0", "bias", "x"):
-        for gradients in (True, False):
-            before, after = at(group), at(group, name)
-            given = before.tensors()
-            with torch.set_grad_enabled(gradients):
-                start(function, before, given)
-                given[name].copy_(after.rounded[name])
-                y = start(function, after, given).y.detach()
-            must_be_right(as_float64({"y": y}), after)
+    """In place, as an optimizer does it, and by .data, which leaves no trace."""
+    for name, data, mode in itertools.product(
+            ("A", "B", "Wg", "W0", "bias", "x"), (False, True), (torch.enable_grad, torch.no_grad)):
+        before, after = at(group), at(group, name)
+        inputs = {key: nn.Parameter(t) for key, t in before.inputs().items()}
+        with mode():
+            start(function, before, inputs)
+            with torch.no_grad():
+                (inputs[name].data if data else inputs[name]).copy_(after.rounded[name])
+            y = start(function, after, inputs).y.detach()
+        must_be_right(as_float64({"y": y}), after, f"{name} changed in place, {mode.__name__}: ")
 
 
 def two_layers(function, group):
-    """Both forwards come before both backwards, as in a model."""
-    for order in (1, -1):
-        layers = [at(group), at(group, seed=1, scaling=0.4)]
-        runs = [start(function, p) for p in layers]
-        for p, run in [*zip(layers, runs)][::order]:
-            must_be_right(as_float64(finish(run)), p)
+    """Both forwards come before both backwards, as in a model; also of one x, or of one layer."""
+    layer = ("W0", "bias", "A", "B", "Wg")
+    for changed, order, moment in itertools.product(
+            (layer, ("x",), (*layer, "x")), (1, -1), ("", "evaluated")):
+        p, q = at(group), at(group, *changed, scaling=1.75 if changed == ("x",) else 0.4)
+        mine = p.inputs()
+        other = mine | {name: q.tensor(name) for name in changed}
+        runs = [(p, start(function, p, mine))]
+        if moment:
+            y_of(function, q, torch.no_grad, other)     # an evaluation between forward and backward
+        else:
+            runs.append((q, start(function, q, other)))
+        for problem_, run in runs[::order]:
+            must_be_right(as_float64(finish(run)), problem_, f"other {', '.join(changed)} "
+                          f"{moment or 'used'} before backward: ")
+            for t in (*mine.values(), *other.values()):
+                t.grad = None
 
 
 def backward_twice(function, group):
     p = at(group)
     run = start(function, p)
+    finish(run)
+    run = start(function, p, run.inputs)                # gradients add up over two steps
+    found = finish(run)
+    half = {q: t if q == "y" or t is None else t / 2 for q, t in found.items()}
+    must_be_right(as_float64(half), p, "gradients added up over two steps: ")
+    run = start(function, p)
     try:
         finish(run, retain_graph=True)
         for t in run.inputs.values():
             t.grad = None
-        must_be_right(as_float64(finish(run)), p)
+        must_be_right(as_float64(finish(run)), p, "second backward: ")
     except RuntimeError as error:
-        if "donated buffer" not in str(error):      # compiled code says that it allows only one
+        if "donated buffer" not in str(error):          # compiled code says that it allows only one
             raise
+
+
+def changed_before_backward(function, group):
+    """Right gradients, or PyTorch's error about a tensor that was modified."""
+    p = at(group)
+    run = start(function, p)
+    with torch.no_grad():
+        run.inputs["B"].mul_(2)
+        run.before["B"].mul_(2)
+    try:
+        found = finish(run)
+    except RuntimeError:
+        return
+    must_be_right(as_float64(found), p, "B changed between forward and backward: ")
+
+
+def inner_tensors(function, group):
+    """What is passed is computed from the parameters."""
+    p = at(group)
+    inputs = p.inputs()
+    run = start(function, p, {name: t * 1.0 for name, t in inputs.items()})
+    run.inputs, run.before = inputs, {name: t.detach().clone() for name, t in inputs.items()}
+    must_be_right(as_float64(finish(run)), p, "tensors that are no leaves: ")
+
+
+def each_need(function, group):
+    """Every choice of what needs a gradient."""
+    names = ("x", "W0", "bias", "A", "B", "Wg")
+    for count in range(len(names)):
+        for needs in itertools.combinations(names, count):
+            p = at(group, needs=" ".join(needs))
+            must_be_right(call(function, p), p, f"gradients for {' '.join(needs) or 'nothing'}: ")
+
+
+def three_deep(function, group):
+    """The output is the next layer's input."""
+    deep = lambda f: lambda x, *rest: f(f(f(x, *rest), *rest), *rest)
+    p = at(group, k=6)
+    if group == "float64":
+        p.expected = call(deep(loop), p)
+        must_be_right(call(deep(function), p), p, "three calls in a row: ")
 
 
 def results_stay(function, group):
     """What the first call gave is not overwritten by the second."""
-    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
-        p, other = at(group), at(group, seed=1)
-        with mode():
-            found = finish(start(function, p))
-            finish(start(function, other))
-        must_be_right(as_float64(found if mode is torch.enable_grad else {"y": found["y"]}), p)
-    must_be_right(call(function, p), p)
+    p, other = at(group), at(group, seed=1)
+    found = finish(start(function, p))
+    finish(start(function, other))
+    must_be_right(as_float64(found), p, "after a second call the first: ")
+    for moment, mode in MODES.items():
+        y = y_of(function, p, mode)
+        y_of(function, other, mode)
+        must_be_right(as_float64({"y": y}), p, f"{moment}after a second call the first: ")
+    must_be_right(call(function, p), p, "training after inference: ")
 
 
 def nan_stays(function, group):
-    """In its token."""
+    """In its token, and in every gradient that sums over tokens; inf in grad_y is not hidden."""
     p = at(group)
-    given = p.tensors()
-    given["x"][0, 1] = math.nan
-    found = as_float64(finish(start(function, p, given)))
-    assert found["y"][0, 1].isnan().all(), "y of a token with nan in it is not nan"
+    inputs = p.inputs()
+    with torch.no_grad():
+        inputs["x"][0, 1] = math.nan
+    found = as_float64(finish(start(function, p, inputs)))
+    demand(found["y"][0, 1].isnan().all(), "y of a token with nan in it is not nan")
     others = {q: found[q].clone() for q in ("y", "gradient of x")}
     for q, t in others.items():
         t[0, 1] = p.expected[q][0, 1]
-    must_be_right(others, p)
+    must_be_right(others, p, "nan in one token, the others: ")
+    for name, value in (("x", math.inf), ("Wg", math.nan)):
+        inputs = p.inputs()
+        inputs[name].data[..., 0] = value
+        y = function(*inputs.values(), p.case.scaling)
+        demand(not y.isfinite().any(), f"{value} in {name}: y is finite")
+    overflow = start(function, p)
+    overflow.grad_y = overflow.grad_y.detach().clone()
+    overflow.grad_y[0, 1, 0] = math.inf
+    for moment, gradients in (("nan in x", found), ("inf in grad_y", as_float64(finish(overflow)))):
+        for name in ("A", "B", "Wg"):
+            demand(not gradients[f"gradient of {name}"].isfinite().all(),
+                   f"{moment}: gradient of {name} is finite")
 
 
 STATES = {f.__name__.replace("_", "-"): f for f in (
-    scaling_changes, shape_changes, tensor_changes, two_layers, backward_twice, results_stay,
-    nan_stays)}
+    scaling_changes, shape_changes, tensor_changes, two_layers, backward_twice,
+    changed_before_backward, inner_tensors, each_need, three_deep, results_stay, nan_stays)}
+STATE_GROUPS = ("float64", "float32", "bfloat16")
 
 
 # ---- The oracle ------------------------------------------------------------------------------
@@ -506,10 +664,13 @@ STATES = {f.__name__.replace("_", "-"): f for f in (
 
 def tell(what, check, *args):
     """The message of a check alone, without a traceback."""
+    message = None
     try:
         check(*args)
     except AssertionError as error:
-        pytest.fail(f"{NAME}, {what}: {error}", pytrace=False)
+        message = str(error)
+    if message:
+        pytest.fail(f"{NAME}, {what}: {message}", pytrace=False)
 
 
 ORACLE = [(group, case) for case in CASES for group, (*_, cases) in GROUPS.items() if case in cases]
@@ -526,7 +687,7 @@ def test_oracle(group, case):
     tell(f"{CASES[case].axes} {case} {group}", check, IMPLEMENTATION, case, group, KNOWN)
 
 
-@pytest.mark.parametrize("group", ["float64", "float32"])
+@pytest.mark.parametrize("group", STATE_GROUPS)
 @pytest.mark.parametrize("state", STATES)
 def test_oracle_3d(state, group):
     compile_anew()
@@ -642,7 +803,7 @@ KNOWN = {   # mistakes that a failure can name
     "sigmoid for softmax": wrong(w=lambda p: p.logits.sigmoid()),
     "exp without the maximum taken off": wrong(w=lambda p: share(p.logits.exp())),
     "a small number in the softmax's denominator": wrong(w=lambda p: share(stable(p), 1e-4)),
-    "logits divided by the root of k": wrong(w=lambda p: (p.logits / p.x.shape[-1]**0.5).softmax(-1)),
+    "logits over the root of k": wrong(w=lambda p: (p.logits / p.x.shape[-1]**0.5).softmax(-1)),
     "softmax in float32": wrong(w=lambda p: p.logits.float().softmax(-1).to(p.x.dtype)),
     "heads summed": wrong(w=lambda p: 1 + 0 * p.w),
     "uniform gates": wrong(w=lambda p: 1 / p.n + 0 * p.w),
@@ -660,7 +821,8 @@ KNOWN = {   # mistakes that a failure can name
     "gates applied twice": wrong(w=lambda p: p.w**2),
     "gates under a root": wrong(w=lambda p: p.w**0.5),
     "separate A": wrong(delta=lambda p: p.s * torch.einsum(
-        "...n,ndr,nrk,...k->...d", p.w, p.B, torch.stack([p.A.roll(i, 0) for i in range(p.n)]), p.x)),
+        "...n,ndr,nrk,...k->...d", p.w, p.B,
+        torch.stack([p.A.roll(i, 0) for i in range(p.n)]), p.x)),
     "A and B swapped": wrong(delta=lambda p: p.s * torch.einsum(
         "...n,nkr,...k,rd->...d", p.w, p.B, p.x, p.A)),
     "B reshaped, not transposed": wrong(delta=lambda p: p.s * F.linear(
@@ -682,32 +844,26 @@ KNOWN = {   # mistakes that a failure can name
     "bias dropped": wrong(base=lambda p: F.linear(p.x, p.W0)),
     "bias twice": wrong(base=lambda p: p.base + (0 if p.bias is None else p.bias)),
     "base not added": wrong(base=lambda p: 0 * p.base),
-    "x read as contiguous": wrong(x=lambda p: misread(p.x)),
-    "W0 read as contiguous": wrong(W0=lambda p: misread(p.W0)),
-    "A read as contiguous": wrong(A=lambda p: misread(p.A)),
-    "B read as contiguous": wrong(B=lambda p: misread(p.B)),
-    "Wg read as contiguous": wrong(Wg=lambda p: misread(p.Wg)),
+    **{f"{name} read as contiguous": wrong(**{name: lambda p, name=name: misread(getattr(p, name))})
+       for name in ("x", "W0", "A", "B", "Wg")},
     "rows of x read without their gaps": wrong(x=lambda p: misread(p.x, rows=True)),
     "rows of A read without their gaps": wrong(A=lambda p: misread(p.A, rows=True)),
     "contiguous x read by column": wrong(x=lambda p: (
         p.x.mT.reshape(p.x.shape) if p.x.dim() > 1 and p.x.is_contiguous() else p.x)),
     "grad_y read as contiguous": wrong(delta=lambda p: back(p.delta, lambda g: (
         g if g.is_contiguous() else 0 * g if 0 in g.stride() else g.mT.reshape(g.shape)))),
-    "first 16 ranks only": wrong(A=lambda p: first(p.A, -2, 16)),
-    "first 32 ranks only": wrong(A=lambda p: first(p.A, -2, 32)),
-    "first 128 ranks only": wrong(A=lambda p: first(p.A, -2, 128)),
+    **{f"first {size} {what} only": wrong(**{name: lambda p, name=name, dim=dim, size=size: first(
+        getattr(p, name), dim, size)}) for what, name, dim, size in (
+            ("ranks", "A", -2, 16), ("ranks", "A", -2, 32), ("ranks", "A", -2, 128),
+            ("heads", "B", -3, 16), ("heads", "B", -3, 32), ("of k", "x", -1, 128),
+            ("of k", "x", -1, 1024), ("of d", "B", -2, 128), ("of d", "B", -2, 1024))},
     "last rank of an odd number left out": wrong(A=lambda p: whole(p.A, -2, 2)),
-    "first 16 heads only": wrong(B=lambda p: first(p.B, -3, 16)),
-    "first 32 heads only": wrong(B=lambda p: first(p.B, -3, 32)),
     "n filled up to a power of two": wrong(w=padded),
-    "first 128 of k only": wrong(x=lambda p: first(p.x, -1, 128)),
-    "first 1024 of k only": wrong(x=lambda p: first(p.x, -1, 1024)),
     "rest of k after tiles of 128 left out": wrong(x=lambda p: whole(p.x, -1, 128)),
-    "first 128 of d only": wrong(B=lambda p: first(p.B, -2, 128)),
-    "first 1024 of d only": wrong(B=lambda p: first(p.B, -2, 1024)),
     "rest of d after tiles of 64 left out": wrong(B=lambda p: whole(p.B, -2, 64)),
     "first 128 tokens only": wrong(delta=lambda p: first(p.delta, -2, 128) if p.list else p.delta),
-    "first 2048 tokens only": wrong(delta=lambda p: first(p.delta, -2, 2048) if p.list else p.delta),
+    "first 2048 tokens only": wrong(
+        delta=lambda p: first(p.delta, -2, 2048) if p.list else p.delta),
     "rest of the tokens after tiles of 128 left out": wrong(
         delta=lambda p: whole(p.delta, -2, 128) if p.list else p.delta),
     "no scaling for one token": wrong(delta=lambda p: p.delta / (
@@ -758,8 +914,16 @@ def kept(name, key):
     return wrong(**{name: change})
 
 
-def address(name):
-    return lambda p: (getattr(p, name).data_ptr(), getattr(p, name).shape, p.x.dtype)
+def kept_on_B(x, W0, bias, A, B, Wg, scaling):
+    """Keeps a copy of the heads on the tensor itself."""
+    if not hasattr(B, "packed"):
+        B.packed = B.detach().clone()
+    return plain(x, W0, bias, A, valued(B, B.packed), Wg, scaling)
+
+
+def inference(name, change):
+    """A change in inference only."""
+    return wrong(**{name: lambda p: getattr(p, name) if torch.is_grad_enabled() else change(p)})
 
 
 def shared_output(*arguments, buffers={}):
@@ -771,9 +935,16 @@ def shared_output(*arguments, buffers={}):
     return buffers.setdefault(key, y.clone()).copy_(y)
 
 
-@torch.compile(backend="aot_eager")
+def compiled(function):
+    """None where this PyTorch cannot compile on this Python or system."""
+    try:
+        return torch.compile(function, backend="aot_eager")
+    except RuntimeError:
+        return None
+
+
 def wrong_when_compiled(x, W0, bias, A, B, Wg, scaling):
-    late = not x.requires_grad      # after so many cases that torch.compile has given up
+    late = x.dim() == 2             # after so many calls that torch.compile has given up
     return plain(x, W0, bias, A, B, Wg, 1.0 if late and torch._dynamo.is_compiling() else scaling)
 
 
@@ -781,32 +952,41 @@ def autocasts():
     return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
 
 
+COMPILES = compiled(plain) is not None
 MUTANTS = KNOWN | {
     "x changed in place": wrong(base=lambda p: F.linear(p.x.data.mul_(1 + 1e-6), p.W0, p.bias)),
     "a pair returned": lambda *a: (plain(*a), 0.0),
     "axis of one squeezed": lambda *a: plain(*a).squeeze(),
     "axes beyond three flattened": lambda x, *a: plain(x.flatten(1, -2) if x.dim() > 3 else x, *a),
     "y in float32": lambda *a: plain(*a).float(),
-    "one mixture for all tokens in inference": wrong(w=lambda p: (
-        p.w if torch.is_grad_enabled() else p.w.flatten(0, -2).mean(0).expand_as(p.w))),
+    "one mixture for all tokens in inference": inference(
+        "w", lambda p: p.w.flatten(0, -2).mean(0).expand_as(p.w)),
+    "first 128 tokens only in inference": inference(
+        "delta", lambda p: first(p.delta, -2, 128) if p.list else p.delta),
     "nothing but the base in inference mode": wrong(
         delta=lambda p: p.delta * (not torch.is_inference_mode_enabled())),
+    "adapter left out while B is 0": lambda x, W0, bias, A, B, Wg, scaling: (
+        plain(x, W0, bias, A, B, Wg, scaling) if B.any() else F.linear(x, W0, bias)),
+    "nothing for a token of zeros": wrong(y=lambda p: p.y * p.x.any(-1, keepdim=True)),
+    "storage offset of x ignored": wrong(x=lambda p: valued(p.x, p.x.detach().as_strided(
+        p.x.shape, p.x.stride(), 0))),
+    "small gradients lost": wrong(delta=lambda p: back(p.delta, lambda g: g * (g.abs() > 1e-6))),
     "sums in bfloat16": chunked(16),
     "autocast without scaling": wrong(s=lambda p: 1.0 if autocasts() else p.s),
     "scaling kept by shape": kept("s", lambda p: (p.x.shape, p.x.dtype)),
     "W0 kept by shape": kept("W0", lambda p: (p.W0.shape, p.x.dtype)),
-    "W0 kept by address": kept("W0", address("W0")),
-    "A kept by address": kept("A", address("A")),
-    "heads kept by address": kept("B", address("B")),
-    "router kept by address": kept("Wg", address("Wg")),
+    "heads kept on their tensor": kept_on_B,
+    **{f"{name} kept by address": kept(name, lambda p, name=name: (
+        getattr(p, name).data_ptr(), getattr(p, name).shape, p.x.dtype))
+       for name in ("W0", "A", "B", "Wg")},
     "scaling of the last forward in every backward": wrong(delta=last_scaling),
     "backward that works once": wrong(w=spoiled),
     "output buffer shared": shared_output,
     "nan spreads": wrong(delta=lambda p: p.delta + 0 * p.x.sum()),
     "nan hidden": wrong(y=lambda p: p.y.nan_to_num()),
-    "wrong when compiled": wrong_when_compiled,
+    **({"wrong when compiled": compiled(wrong_when_compiled)} if COMPILES else {}),
 }
-SEEN_ONLY_IN = {    # mutants that another group cannot see, since they are right there, or do not run
+SEEN_ONLY_IN = {    # elsewhere these are right, or do not run
     "all in float32": ["float64"], "softmax in float32": ["float64"], "y in float32": ["float64"],
     "sums in bfloat16": ["bfloat16"],               # a matter of rounding
     "autocast without scaling": ["autocast"],
@@ -816,8 +996,9 @@ SEEN_ONLY_IN = {    # mutants that another group cannot see, since they are righ
 
 def rejection(function, group, known=()):
     """The message with which a function fails first, None if it passes or crashes everywhere."""
-    checks = [functools.partial(check, function, case, group, known) for g, case in ORACLE if g == group]
-    if group in ("float64", "float32"):
+    checks = [functools.partial(check, function, case, group, known)
+              for g, case in ORACLE if g == group]
+    if group in STATE_GROUPS:
         checks += [functools.partial(state, function, group) for state in STATES.values()]
     for one in checks:
         try:
@@ -946,29 +1127,37 @@ RIGHT = {   # name: the function, and the groups that it is not made for
     "some layer": (some_layer, ["mixed"]),
     "hydralora layer": (hydralora_layer, []),
     "hydralora_forward": (hydralora_forward, []),
-    "compiled": (torch.compile(plain, backend="aot_eager"), ["mixed", "autocast", "float32"]),
+    **({"compiled": (compiled(plain), ["mixed", "autocast", "float32"])} if COMPILES else {}),
 }
 
 
-COMPILED = ["plain", "expanded", "first-layer", "vector", "many-axes", "heads-odd", "third-axis-n"]
+# compiling takes time, so a few cases have to do
+COMPILED = ["plain", "vector", "heads-odd", "scaling-changes", "backward-twice", "results-stay"]
 
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_implementation_passes(name):
     function, not_for = RIGHT[name]
     for group, case in ORACLE:
-        if (group not in not_for and has_products(GROUPS[group][0], DEVICE)
+        if (not any(word in group for word in not_for) and has_products(GROUPS[group][0], DEVICE)
                 and (name != "compiled" or case in COMPILED)):
             check(function, case, group)
-    for state in STATES.values():
-        compile_anew()
-        state(function, "float64")
+    for state, check_state in STATES.items():
+        if name != "compiled" or state in COMPILED:
+            compile_anew()
+            check_state(function, "float64")
 
 
 def test_messages_name_the_known_mistake():
-    named = [name for name, f in KNOWN.items() if f"mistake: {name}" in rejection(f, "float64", KNOWN)
-             or f" or {name}" in rejection(f, "float64", KNOWN)]
-    assert len(named) >= len(KNOWN) - 3, KNOWN.keys() - named
+    named = 0
+    for name, mistake in KNOWN.items():
+        try:        # those that are seen in the plain case, and run there
+            check(mistake, "plain", "float64", KNOWN)
+        except AssertionError as error:
+            named += name in str(error).split("known mistake: ")[-1].split(" or ")
+        except RuntimeError:
+            pass
+    assert named >= 45
 
 
 def test_message_of_an_unknown_mistake_says_what_is_right():
@@ -1000,10 +1189,10 @@ def test_reference_by_hand_and_against_differences():
 
 
 def test_words_that_select_do_not_contain_each_other():
-    words = [*GROUPS, *CASES, *STATES, "1d", "2d", "3d", "4d", "5d", "empty"]
+    words = [*GROUPS, *CASES, *STATES, "1d", "2d", "3d", "4d", "5d"]
     assert all(re.fullmatch("[A-Za-z0-9-]+", word) for word in words)
     inside = {(a, b) for a in words for b in words if a != b and a.lower() in b.lower()}
-    assert inside == {("empty", "empty-flat"), ("empty", "empty-batch")}
+    assert inside == {("mixed", "mixed-autocast"), ("autocast", "mixed-autocast")}
 
 
 @pytest.mark.parametrize("variable, value, said", [
@@ -1038,7 +1227,7 @@ def test_kernel_in_a_folder_with_the_two_files_alone(tmp_path):
     assert "\nmine:kernel, 3d plain float64: gradient of " in out
     assert "\nthe same as the known mistake: no scaling\n" in out
     code, out = pytest_of("oracle", HYDRALORA_IMPLEMENTATION="mine:kernel")
-    assert code == 2 and "\n['HYDRALORA_IMPLEMENTATION']: HYDRALORA_IMPL or" in out
+    assert code == 2 and "\n['HYDRALORA_IMPLEMENTATION']: is one of" in out
 
 
 # ---- The layer is that function --------------------------------------------------------------
@@ -1046,10 +1235,10 @@ def test_kernel_in_a_folder_with_the_two_files_alone(tmp_path):
 N, K, D, R = 4, 7, 5, 3
 
 
-def layer(k=K, d=D, *, bias=True, dtype=torch.float64, random_heads=True, device="cpu", **arguments):
+def layer(k=K, d=D, *, bias=True, dtype=torch.float64, random_heads=True, device="cpu", **more):
     """A HydraLoRALinear with heads that are not zero, so that the adapter does something."""
     torch.manual_seed(0)
-    arguments = dict(num_heads=N, r=R, lora_alpha=2 * R) | arguments
+    arguments = dict(num_heads=N, r=R, lora_alpha=2 * R) | more
     made = HydraLoRALinear(nn.Linear(k, d, bias=bias, dtype=dtype, device=device), **arguments)
     if random_heads:
         nn.init.normal_(made.lora_B)
@@ -1401,8 +1590,8 @@ def test_export_names_config_and_one_alpha_for_all():
         torch.testing.assert_close(m.merge(GATES).weight, m.base.weight + scaling * B @ A)
     _, config = export_lora(tiny(["layers.1.q_proj"]), GATES)
     assert (config["r"], config["lora_alpha"]) == (R, 16)
-    assert export_lora(tiny(lora_alpha=0), GATES)[0]["base_model.model.layers.0.q_proj.lora_B.weight"
-                                                     ].abs().max() == 0
+    state, _ = export_lora(tiny(lora_alpha=0), GATES)
+    assert all(t.abs().max() == 0 for key, t in state.items() if "lora_B" in key)
 
 
 # ---- As a module -----------------------------------------------------------------------------
@@ -1646,7 +1835,7 @@ BAD = {     # what is called -> the error that it must give
     r"missing \['layers.0.q_proj.lora_A'\]": lambda: load_hydralora_state_dict(
         tiny(), state(**{A_0: None})),
     r"unexpected \['z'\]": lambda: load_hydralora_state_dict(tiny(), state(z=torch.zeros(1))),
-    r"'layers.0.q_proj.lora_A': 'Tensor \(2, 64\) for \(3, 64\)'": lambda: load_hydralora_state_dict(
+    r"lora_A': 'Tensor \(2, 64\) for \(3, 64\)'": lambda: load_hydralora_state_dict(
         tiny(), state(**{A_0: torch.zeros(2, 64)})),
     "'ndarray ": lambda: load_hydralora_state_dict(tiny(), state(**{A_0: np.zeros((R, 64))})),
     r"Tensor \(3, 64\) for": lambda: load_hydralora_state_dict(
@@ -1684,10 +1873,10 @@ def test_bad_input_changes_nothing():
     before, logits = copy.deepcopy(hydralora_state_dict(model)), model(IDS)
     last = {"layers.1.v_proj.router.weight": np.zeros((N, 64))}
     doubled = {key: 2 * t for key, t in before.items()}
-    for call in (lambda: merge_hydralora(model, SOME), lambda: merge_hydralora(model, torch.ones(3)),
-                 lambda: load_hydralora_state_dict(model, doubled | last)):
+    for call, argument in ((merge_hydralora, SOME), (merge_hydralora, torch.ones(3)),
+                           (load_hydralora_state_dict, doubled | last)):
         with pytest.raises(ValueError):
-            call()
+            call(model, argument)
         assert all(torch.equal(t, before[key]) for key, t in hydralora_state_dict(model).items())
         assert torch.equal(model(IDS), logits)
 
@@ -1731,8 +1920,8 @@ def test_num_heads_of_other_corpora():
     assert num_heads_from_corpus(disjoint)[0] == 10
     large = corpus(4, 0, vocabulary=1000, length=60, documents=300)
     assert num_heads_from_corpus(large)[0] == 4
-    unequal = [num_heads_from_corpus(corpus(3, seed, shares=[0.6, 0.3, 0.1]))[0] for seed in range(5)]
-    assert unequal == [3] * 5
+    for seed in range(5):
+        assert num_heads_from_corpus(corpus(3, seed, shares=[0.6, 0.3, 0.1]))[0] == 3
     many = [f"{i % 2} {i % 7}" for i in range(3100)]            # 3000 of them are drawn
     assert num_heads_from_corpus(many, max_heads=2, seed=1)[1] != num_heads_from_corpus(
         many, max_heads=2, seed=2)[1]
@@ -1759,7 +1948,7 @@ def test_num_heads_of_strings_tensors_and_seeds():
     ([50, 1e-5, 1e-9, 0, 0, 0], 2)])        # rounding alone is no gain
 def test_elbow_by_hand(gains, n, monkeypatch):
     sse = [100 - sum(gains[:i]) for i in range(7)]
-    monkeypatch.setattr(hydralora, "_k_means_sse", lambda products, largest, max_heads: sse[:largest])
+    monkeypatch.setattr(hydralora, "_k_means_sse", lambda X, largest, max_heads: sse[:largest])
     assert num_heads_from_corpus([[i] for i in range(20)], max_heads=4) == (n, sse[:4])
 
 
@@ -1793,15 +1982,15 @@ def train_toy():
 def test_nmi_of_cases_by_hand():
     toy, domain = train_toy(), torch.arange(4).repeat(5)
     sure = F.one_hot(domain, 4).float()[:, None]                    # a head for each domain
-    assert toy.nmi(sure, domain, 4) == pytest.approx(1)
-    assert toy.nmi(torch.full((20, 1, 4), 0.25), domain, 4) == pytest.approx(0, abs=1e-9)
+    assert toy.nmi(sure, domain) == pytest.approx(1)
+    assert toy.nmi(torch.full((20, 1, 4), 0.25), domain) == pytest.approx(0, abs=1e-9)
     pairs = F.one_hot(domain // 2, 4).float()[:, None]              # I = ln 2, H = ln 4 and ln 2
-    assert toy.nmi(pairs, domain, 4) == pytest.approx(2 / 3)
+    assert toy.nmi(pairs, domain) == pytest.approx(2 / 3)
 
 
 def test_gates_as_far_as_the_symbol_alone_gives_them():
     domain = torch.arange(4).repeat_interleave(24)
-    plain = torch.arange(24).repeat(4)[:, None]                     # each domain has each symbol once
+    plain = torch.arange(24).repeat(4)[:, None]         # each domain has each symbol once
     by_symbol = F.one_hot(plain % 4, 4).float()
     alone = train_toy().of_symbol_alone
     torch.testing.assert_close(alone(by_symbol, plain), by_symbol)
@@ -1826,16 +2015,16 @@ def test_cosine_knock_out_and_a_router_with_labels(short):
     world = short.World(0, 4, "cpu")
     model = short.adapt(world.model, 0, n=2)
     where, B = "layers.1.o_proj", hydralora_layers(model)["layers.1.o_proj"].lora_B.data
-    right = lambda: [short.accuracy(short.logits_of(model, world.tokens), world.tokens)[
-        world.domain == t].mean().item() for t in range(4)]
+    right = lambda: short.means(short.accuracy(
+        short.logits_of(model, world.tokens), world.tokens), world.domain)
     frozen = right()
     nn.init.normal_(B[0])                               # head 0 acts, head 1 is zero
     before = right()
-    lost = np.array(short.knock_out(model, where, world, before))
+    lost = np.array(short.knock_out(model, where, world))
     np.testing.assert_allclose(lost[:, 0], np.array(before) - frozen)
     assert abs(lost[:, 0]).max() > 1 and not np.array_equal(lost[:, 1], lost[:, 0])
     B[1] = B[0]                                         # equal heads: the other takes it all over
-    np.testing.assert_allclose(short.knock_out(model, where, world, right()), 0, atol=0.2)
+    np.testing.assert_allclose(short.knock_out(model, where, world), 0, atol=0.2)
     probe = short.with_labels(model, world)[where]
     assert (probe.argmax(-1) == world.domain[:, None]).double().mean() > 0.5
 
@@ -1845,8 +2034,8 @@ def test_bayes_accuracy_of_a_case_by_hand():
     c = toy.Corpus(0, 4)
     c.frequencies = torch.full_like(c.frequencies, 1 / toy.SYMBOLS)     # domains look alike,
     c.new = torch.stack([torch.arange(toy.SYMBOLS).roll(i) for i in range(4)])
-    tokens, _ = c.sample(20000, "test", c.new)      # so the first symbol is a guess among 4 ciphers,
-    expected = 1 - 0.75 / toy.LENGTH                # and then gives the cipher away
+    tokens, _ = c.sample(20000, "test", c.new)      # so the first symbol is a guess among 4
+    expected = 1 - 0.75 / toy.LENGTH                # ciphers, and then gives the cipher away
     assert c.bayes_accuracy(tokens) == pytest.approx(expected, abs=0.005)
 
 
@@ -1881,11 +2070,12 @@ def test_methods_are_what_their_names_say():
 
 def test_sizes_are_equal_where_the_table_says_so():
     toy, model, size = train_toy(), TinyTransformer(TinyConfig()), {}
-    for name, method in toy.methods().items():
-        adapter = {key: v for key, v in method.items() if key not in ("lr", "purity", "domains")}
+    for name, method in toy.all_methods().items():
+        adapter = {key: v for key, v in method.items() if key not in (
+            "lr", "purity", "domains", "paper")}
         parameters = toy.adapt(model, 0, **adapter).parameters()
         size[name] = sum(p.numel() for p in parameters if p.requires_grad)
-    same = {name: name.replace("LoRA, same size on", "HydraLoRA on") for name in size if " on " in name}
+    same = {name: name.replace("LoRA, same size", "HydraLoRA") for name in size if " on " in name}
     same |= {name: "HydraLoRA" for name in size if name.endswith("same size")}
     same |= {name: name.replace("whole LoRAs r=2", "HydraLoRA r=3").replace(
         "whole LoRAs r=4", "HydraLoRA r=6") for name in size if name.startswith("whole LoRAs r=")}
@@ -1908,7 +2098,7 @@ def test_toy_writes_what_it_measured_and_repeats_itself(short, monkeypatch, tmp_
         results.append(json.loads(file.read_text()))
     result = results[0]
     assert results[1] == result and os.listdir(tmp_path) == ["result.json"]
-    assert list(result["methods"]) == list(short.MAIN) and result["num_heads"] == 4
+    assert list(result["methods"]) == list(short.methods()) and result["num_heads"] == 4
     for method in result["methods"].values():
         assert method["accuracy"] == pytest.approx(sum(method["by_domain"]) / 4, abs=2)
     assert 99 < result["bayes"] < 100
@@ -1916,17 +2106,16 @@ def test_toy_writes_what_it_measured_and_repeats_itself(short, monkeypatch, tmp_
     assert np.array(result["specialisation"]["lost"]).shape == (4, 4)
     merge = result["merging"]
     assert merge["accuracy"]["routed"] == result["methods"]["HydraLoRA"]["accuracy"]
-    assert merge["error"]["mean"] > merge["error"]["routed"] == 0
-    assert merge["error_for_held_gates"] < 1e-5
+    assert merge["error"]["mean gates"] > merge["error"]["routed"] == 0
+    assert merge["error_if_held"] < 1e-5
     assert "HydraLoRA is " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options, said", [
-    (["--seed", "-1"], "--seed"), (["--heads", "0"], "--heads must be at least 1, got 0"),
-    (["--json", "/no/such/folder/x"], "--json /no/such/folder/x: "), (["--json", "/"], "folder"),
+    (["--seed", "-1"], "--seed"), (["--heads", "0"], "--heads: must be from 1"),
+    (["--json", "/no/such/folder/x"], "--json: /no/such/folder/x: "), (["--json", "/"], "folder"),
     (["--paper", "--seed", "1"], "belong to the main run"), (["--cost", "--tune"], "not allowed"),
-    pytest.param(["--device", "cuda"], "--device cuda: PyTorch finds none", marks=pytest.mark.skipif(
-        torch.cuda.is_available(), reason="there is one"))], ids=str)
+    (["--device", "mps" if torch.cuda.is_available() else "cuda"], "PyTorch finds none")], ids=str)
 def test_toy_refuses_options_in_one_line(options, said, short, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         go(short, monkeypatch, *options)
@@ -1938,27 +2127,28 @@ def test_toy_check_fails_where_the_heads_cannot_specialise(short, monkeypatch):
     assert go(short, monkeypatch, "--check", "--heads", "1", "--seed", "3") == 1
 
 
-def test_readme_has_the_table_that_paper_prints(short, monkeypatch, capsys):
+def test_paper_and_tune_print_the_tables_of_the_readme(short, monkeypatch, capsys):
     for name, value in dict(PRETRAIN_STEPS=1, STEPS=1, EVALUATION=60, GRID=(1e-2,)).items():
         monkeypatch.setattr(short, name, value)
-    monkeypatch.setattr(short, "num_heads_from_corpus", lambda documents, seed: (4, []))
+    monkeypatch.setattr(short, "num_heads_from_corpus", lambda documents: (4, []))
     monkeypatch.setattr(short, "run_all", lambda seeds, names, lrs, device: {
         name: [[short.run((seed, name, lr, device)) for lr in lrs] for seed in list(seeds)[:2]]
         for name in names})
     assert go(short, monkeypatch, "--paper") == 0
-    words = lambda text: sorted(re.sub(r"[-+]?\d[\d.,]*( \+- [\d.]+)?", "", line).split()
-                                for line in text.splitlines() if line.startswith("| "))
-    printed, readme = words(capsys.readouterr().out), words(README)
-    assert all(row in readme for row in printed), [row for row in printed if row not in readme]
+    number = r"[-+]?\d[\d.,]*( \+- [\d.]+)?( of \d)?"
+    words = lambda line: re.sub(r"[-|\s]+", " ", re.sub(number, "", line))
+    printed = {words(line) for line in capsys.readouterr().out.splitlines() if line}
+    missing = printed - {words(line) for line in README.splitlines()}
+    assert len(printed) > 25 and not missing, missing
     assert go(short, monkeypatch, "--tune") == 0
-    assert "| HydraLoRA " in capsys.readouterr().out
+    assert all(f"| {name} " in out for out in [capsys.readouterr().out] for name in short.methods())
 
 
 def test_bytes_kept_for_backward_are_those_it_needs(monkeypatch):
     toy = train_toy()
     for row in toy.cost("cpu", rounds=1, warm_up=0)["rows"]:
         saved = row["saved_bytes"]
-        assert saved["linear"] == 0 and 40 * saved["hydralora"] < saved["loop"]
+        assert 40 * saved["hydralora"] < saved["loop"]
         assert row["bound_bytes"] <= saved["hydralora"] < 1.01 * row["bound_bytes"]
 
 
@@ -1989,7 +2179,7 @@ def test_readme_names_exist():
             assert name[2:] in options, name
         else:
             owner, *attributes = re.sub(r"\(.*", "", name).split(".")
-            places = [p for p in (hydralora, train_toy(), sys.modules[__name__]) if hasattr(p, owner)]
+            places = [p for p in (hydralora, train_toy()) if hasattr(p, owner)]
             assert (HERE / name).exists() or places and (
                 not attributes or hasattr(getattr(places[0], owner), attributes[0])), name
 
@@ -2131,10 +2321,10 @@ else:
     fit(single, lambda model: next_token_loss(model, ids), 5)
     state = get_model_state_dict(model, options=StateDictOptions(
         full_state_dict=True, ignore_frozen_params=True))
-    for call in (lambda: hydralora_state_dict(model), lambda: merge_hydralora(model, GATES),
-                 lambda: load_hydralora_state_dict(model, state), lambda: export_lora(model, GATES)):
+    for call, *arguments in ((hydralora_state_dict,), (load_hydralora_state_dict, state),
+                             (merge_hydralora, GATES), (export_lora, GATES)):
         with pytest.raises(ValueError, match="layer 'layers.0.q_proj' has no values"):
-            call()
+            call(model, *arguments)
     plain = tiny(random_heads=False)
     load_hydralora_state_dict(plain, state)
     for key, value in hydralora_state_dict(single).items():
@@ -2161,8 +2351,8 @@ def test_two_processes_train_as_one(mode, tmp_path):
     script = tmp_path / "worker.py"
     rendezvous = (tmp_path / "rendezvous").as_uri()
     script.write_text(WORKER.format(here=str(HERE), rendezvous=rendezvous))
-    workers = [subprocess.Popen([sys.executable, str(script), str(rank), mode], text=True,
-                                stderr=subprocess.PIPE, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})
+    settings = dict(stderr=subprocess.PIPE, text=True, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})
+    workers = [subprocess.Popen([sys.executable, str(script), str(rank), mode], **settings)
                for rank in range(2)]
     try:
         results = [(worker.communicate(timeout=120)[1], worker.returncode) for worker in workers]
