@@ -503,8 +503,8 @@ def export_lora(model, gates):
 
     gates as for merge_hydralora. state: tensors by key, for adapter_model.safetensors. config: a
     dict for adapter_config.json, whose patterns match whole names, so that no other layer is
-    adapted. To load the folder with AutoModelForCausalLM or PEFT's auto classes, add
-    config |= dict(base_model_name_or_path=..., task_type="CAUSAL_LM").
+    adapted. PEFT reads it from 0.10 on, layers of different r from 0.15 on. For PEFT's auto classes
+    or AutoModelForCausalLM add config |= dict(base_model_name_or_path=..., task_type="CAUSAL_LM").
     """
     layers = _some_layers(model)
     gates, state = _gates_by_name(layers, gates), {}
@@ -525,6 +525,8 @@ def export_lora(model, gates):
 # weighted sum of documents, C_j = sum_i M_ij X_i, so the products X_i.X_l are all that is needed:
 #     |X_i - C_j|^2 = X_i.X_i - 2 sum_l X_i.X_l M_lj + sum_il M_ij X_i.X_l M_lj
 
+MOST_DOCUMENTS = 3000
+
 
 def num_heads_from_corpus(documents, max_heads=10, seed=0):
     """Appendix B: N from the corpus alone, by TF-IDF, k-means and the elbow of the SSE curve.
@@ -533,11 +535,12 @@ def num_heads_from_corpus(documents, max_heads=10, seed=0):
     space. Returns (n, sse): sse[K - 1] is the sum of squared distances to the nearest of K centres,
     K = 1 .. max_heads. The elbow is where "the rate of decrease in SSE slows down"; the paper has
     no rule for it. Here it is the K whose gains, sse(K-1) - sse(K) and those before it, exceed all
-    later ones by the largest factor; below 2.8, which one domain does not reach, n is 1.
+    later ones by the largest factor. One domain has such a K too, so n is 1 unless that factor is
+    at least 2.3, and 1.5 times what the same tokens give when they are dealt out at random.
 
     Trust it for up to 10 domains of different words, in documents of 25 tokens or more. Real text
     has kinds within kinds: four kinds of source files gave 1. Then n is your choice; in Figure 8
-    2 to 4 do well. Of more than 3000 documents the seed draws 3000; nothing else is random. Memory:
+    2 to 4 do well. The same for any seed up to 3000 documents; of more, it draws 3000. Memory:
     documents x (terms + 6 documents) floats. Raises ValueError for fewer documents than max_heads.
     """
     if isinstance(documents, str):
@@ -548,15 +551,26 @@ def num_heads_from_corpus(documents, max_heads=10, seed=0):
     if not 1 <= max_heads <= len(documents):
         raise ValueError(f"max_heads must be from 1 to the number of documents, "
                          f"{len(documents)}, got {max_heads}")
-    if len(documents) > 3000:
-        documents = random.Random(seed).sample(documents, 3000)
+    if len(documents) > MOST_DOCUMENTS:
+        documents = random.Random(seed).sample(documents, MOST_DOCUMENTS)
+    n, factor, sse = _elbow(documents, max_heads)
+    tokens, chance = [token for document in documents for token in document], []
+    for deal in range(3):
+        random.Random(deal).shuffle(tokens)
+        dealt = iter(tokens)
+        chance += [_elbow([list(itertools.islice(dealt, len(d))) for d in documents], max_heads)[1]]
+    return (n if factor >= max(2.3, 1.5 * sum(chance) / 3) else 1), sse
+
+
+def _elbow(documents, max_heads):
+    """The K of the elbow, by what factor its gains exceed the later ones, and the SSE curve."""
     sse = _k_means_sse(_tf_idf_products(documents), min(max_heads + 3, len(documents)), max_heads)
     gains = [before - after for before, after in zip(sse, sse[1:])]           # gains[K - 2] at K
     rounding = 1e-5 * sse[0] + 1e-12
-    sharpness = {K: min(gains[:K - 1]) / max(*gains[K - 1:], rounding)
-                 for K in range(2, min(max_heads, len(gains)) + 1)}
-    n = max(sharpness, key=sharpness.get, default=1)
-    return (n if sharpness.get(n, 0) >= 2.8 else 1), sse[:max_heads]
+    factors = {K: min(gains[:K - 1]) / max(*gains[K - 1:], rounding)
+               for K in range(2, min(max_heads, len(gains)) + 1)}
+    n = max(factors, key=factors.get, default=1)
+    return n, factors.get(n, 0), sse[:max_heads]
 
 
 def _tf_idf_products(documents):

@@ -1914,7 +1914,7 @@ def test_num_heads_finds_the_domains_and_invents_none(domains):
     assert found.count(domains) >= 9, found
 
 
-def test_num_heads_of_other_corpora():
+def test_num_heads_of_other_corpora(monkeypatch):
     rng = np.random.default_rng(0)
     disjoint = [(50 * (i % 10) + rng.integers(0, 50, 40)).tolist() for i in range(200)]
     assert num_heads_from_corpus(disjoint)[0] == 10
@@ -1922,9 +1922,9 @@ def test_num_heads_of_other_corpora():
     assert num_heads_from_corpus(large)[0] == 4
     for seed in range(5):
         assert num_heads_from_corpus(corpus(3, seed, shares=[0.6, 0.3, 0.1]))[0] == 3
-    many = [f"{i % 2} {i % 7}" for i in range(3100)]            # 3000 of them are drawn
-    assert num_heads_from_corpus(many, max_heads=2, seed=1)[1] != num_heads_from_corpus(
-        many, max_heads=2, seed=2)[1]
+    monkeypatch.setattr(hydralora, "MOST_DOCUMENTS", 100)
+    one, other = (num_heads_from_corpus(disjoint, seed=seed)[1] for seed in (1, 2))
+    assert one != other
 
 
 def test_num_heads_of_strings_tensors_and_seeds():
@@ -1938,18 +1938,27 @@ def test_num_heads_of_strings_tensors_and_seeds():
         assert num_heads_from_corpus(same, seed=7) == (n, sse)
 
 
-@pytest.mark.parametrize("gains, n", [
-    ([40, 20, 4, 4, 4, 4], 3),              # by a factor, not by a difference
-    ([10, 4, 12, 1, 1, 1], 4),              # a small gain before a large one is no elbow,
-    ([10, 2, 12, 1, 1, 1], 1),              # and the least gain so far counts: 2 / 1
-    ([12, 4, 4, 4, 4, 4], 2),
-    ([11, 4, 4, 4, 4, 4], 1),               # 2.75 is too little
-    ([12, 3, 3, 1, 1, 5], 1),               # the three after max_heads count too
-    ([50, 1e-5, 1e-9, 0, 0, 0], 2)])        # rounding alone is no gain
-def test_elbow_by_hand(gains, n, monkeypatch):
+@pytest.mark.parametrize("gains, n, factor", [
+    ([40, 20, 4, 4, 4, 4], 3, 5),           # by a factor, not by a difference
+    ([10, 4, 12, 1, 1, 1], 4, 4),           # the least gain so far counts: 4 of 10, 4, 12
+    ([12, 4, 4, 4, 4, 5], 2, 2.4),          # the three after max_heads count too
+    ([50, 1e-5, 1e-9, 0, 0, 0], 2, 5e4)])   # rounding alone is no gain
+def test_elbow_by_hand(gains, n, factor, monkeypatch):
     sse = [100 - sum(gains[:i]) for i in range(7)]
     monkeypatch.setattr(hydralora, "_k_means_sse", lambda X, largest, max_heads: sse[:largest])
-    assert num_heads_from_corpus([[i] for i in range(20)], max_heads=4) == (n, sse[:4])
+    assert hydralora._elbow([[i] for i in range(20)], 4) == (n, pytest.approx(factor), sse[:4])
+
+
+def test_elbow_has_to_exceed_chance_by_half(monkeypatch):
+    documents, seen = [list(range(i, i + 7)) for i in range(20)], []
+    for factor, chance, n in ((2.31, 1, 3), (2.29, 1, 1), (4.51, 3, 3), (4.49, 3, 1)):
+        results = iter([(3, factor, []), (2, chance, []), (2, chance - 0.5, []), (2, chance + 0.5, [])])
+        monkeypatch.setattr(hydralora, "_elbow", lambda documents, max_heads: (
+            seen.append(documents), next(results))[1])
+        assert num_heads_from_corpus(documents)[0] == n
+    for dealt in seen[1:4]:                         # the same tokens, in documents of the same size
+        assert sorted(sum(dealt, [])) == sorted(sum(documents, [])) and dealt != documents
+        assert [len(d) for d in dealt] == [7] * 20
 
 
 def test_tf_idf_by_hand():
