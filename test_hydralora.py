@@ -1717,6 +1717,15 @@ def test_tiny_transformer_by_its_parts_and_causal():
     assert model(IDS).shape == (3, 11, 64)
     torch.testing.assert_close(model(IDS)[:, :6], model(other)[:, :6])
     assert (model(IDS)[:, 6:] - model(other)[:, 6:]).abs().max() > 1e-3
+    block, h = model.layers[0], tokens(1, 5, 64, dtype=torch.float32)
+    x = F.layer_norm(h, (64,))
+    q, k, v = ((x @ proj.weight.T).view(5, 4, 16)
+               for proj in (block.q_proj, block.k_proj, block.v_proj))
+    after = torch.full((5, 5), -math.inf).triu(1)               # no token sees those after it
+    heads = [torch.softmax(q[:, i] @ k[:, i].T / 4 + after, -1) @ v[:, i] for i in range(4)]
+    inner = h + torch.cat(heads, -1) @ block.o_proj.weight.T
+    expected = inner + block.down_proj(F.gelu(block.up_proj(F.layer_norm(inner, (64,)))))
+    torch.testing.assert_close(block(h), expected, rtol=1e-4, atol=1e-5)
     nn.init.normal_(model.norm.weight)
     for block in model.layers:              # blocks that add nothing
         for p in (block.o_proj.weight, block.down_proj.weight, block.down_proj.bias):
@@ -1952,7 +1961,7 @@ def test_elbow_by_hand(gains, n, factor, monkeypatch):
 def test_elbow_has_to_exceed_chance_by_half(monkeypatch):
     documents, seen = [list(range(i, i + 7)) for i in range(20)], []
     for factor, chance, n in ((2.31, 1, 3), (2.29, 1, 1), (4.51, 3, 3), (4.49, 3, 1)):
-        results = iter([(3, factor, []), (2, chance, []), (2, chance - 0.5, []), (2, chance + 0.5, [])])
+        results = iter([(3, factor, []), *((2, chance + c, []) for c in (0, -0.5, 0.5))])
         monkeypatch.setattr(hydralora, "_elbow", lambda documents, max_heads: (
             seen.append(documents), next(results))[1])
         assert num_heads_from_corpus(documents)[0] == n
@@ -2361,7 +2370,8 @@ def test_two_processes_train_as_one(mode, tmp_path):
     script = tmp_path / "worker.py"
     rendezvous = (tmp_path / "rendezvous").as_uri()
     script.write_text(WORKER.format(here=str(HERE), rendezvous=rendezvous))
-    settings = dict(stderr=subprocess.PIPE, text=True, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})
+    loopback = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    settings = dict(stderr=subprocess.PIPE, text=True, env=loopback)
     workers = [subprocess.Popen([sys.executable, str(script), str(rank), mode], **settings)
                for rank in range(2)]
     try:
