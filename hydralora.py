@@ -15,8 +15,8 @@ NeurIPS 2024, arXiv 2404.19245. Its equations; W0 is frozen, all the rest is tra
     A      lora_A          (r, k)       shared by all heads; Kaiming-uniform at the start
     B_i    lora_B[i]       (d, r)       a head, the paper's expert E_i; zero at the start
     N      num_heads, n                 number of heads
-    Wg     router.weight   (n, k)       the paper's Wg transposed, as nn.Linear keeps weights
-    w      w, gates        (..., n)     the mixture: w of each token, or gates fixed by the caller
+    Wg     router.weight   (n, k)       Wg^T of Eq. 4, as nn.Linear keeps it; (n, r) on A x
+    w      w, gates        (..., n)     the mixture of each token; (n,) where the caller fixes it
     -      scaling                      lora_alpha / r, times the update
 
 Where the paper is silent, or at odds with the official code (L: lines of its lora.py,
@@ -24,12 +24,13 @@ github.com/Clin0212/HydraLoRA/blob/afb693b/HydraLoRA/peft/tuners/lora.py), this 
 
     [1] The router reads x, as in the paper's text and L279. Eq. 4 prints Wg as (r, N), which
         fits A x: router_input="Ax".
-    [2] The router starts Kaiming-uniform, without a bias (L299).
-    [3] The softmax is taken in float32, or float64 for float64, and cast back (official code).
+    [2] The router starts Kaiming-uniform (L299) and has no bias (L279).
+    [3] The softmax is taken in float32, or float64 for float64, and cast back; the official
+        code always takes float32.
     [4] The update is scaled by lora_alpha / r (L284, L342); the paper has no such factor.
     [5] One dropout mask for all heads, on the x that A reads; none for the router (L339). L342
         draws a mask for each head; the paper has no dropout.
-    [6] One tensor is returned; the paper has no balance loss. L344-347 return a constant 0 too.
+    [6] One tensor is returned; the paper has no balance loss. L344-347 return a constant 0 with it.
     [7] The caller chooses the layers. The paper's captions name q and v, its authors and the
         official script the feed-forward layers.
     [8] Merging needs gates, and none are assumed. The paper averages the heads for each token
@@ -52,7 +53,7 @@ from torch import nn
 
 
 def hydralora_gates(x, Wg):
-    """Eq. 4: w = softmax(Wg^T x). x (..., k), Wg (n, k), the paper's transposed -> w (..., n)."""
+    """Eq. 4: w = softmax(Wg^T x). x (..., k), Wg^T as Wg (n, k) -> w (..., n)."""
     logits = F.linear(x, Wg)                                                  # (..., n)
     high = torch.promote_types(logits.dtype, torch.float32)
     return logits.softmax(-1, dtype=high).to(logits.dtype)                    # (..., n) [3]
@@ -115,7 +116,7 @@ class HydraLoRALinear(nn.Module):
 
     The adapter is float32, or float64 for a float64 base, and computes in its own dtype, or in
     autocast's; y has the dtype of base(x). In float16 (after .half()) logits above 65504 make y
-    nan. Raises TypeError for a base that is no real nn.Linear, else ValueError.
+    nan. Raises TypeError for a base that is not an nn.Linear or is complex, else ValueError.
     """
 
     def __init__(self, base, *, num_heads=3, r=8, lora_alpha=16, lora_dropout=0.0,
@@ -174,7 +175,7 @@ class HydraLoRALinear(nn.Module):
 
     @torch.no_grad()
     def to_lora(self, gates):
-        """The LoRA (A, B) of Eq. 1 that this layer is where the router gives these gates.
+        """This layer as a plain LoRA (A, B), Eq. 1, for fixed gates.
 
         gates (n,) -> A (r, k), B = sum_i gates_i B_i (d, r): copies in float32 or better, to be
         scaled by self.scaling. Averaging the heads' weights is averaging their outputs (3.2.2).
@@ -208,9 +209,9 @@ class HydraLoRALinear(nn.Module):
         x = torch.linspace(-1, 1, A.shape[1], dtype=W0.dtype, device=W0.device)[None]     # (1, k)
         for linear in (self.base, merged):
             y, expected = linear(x), F.linear(x, linear.weight, linear.bias)  # (1, d)
-            if (y - expected).norm() > 16 * torch.finfo(y.dtype).eps * expected.norm():
+            if not (y - expected).norm() <= 16 * torch.finfo(y.dtype).eps * expected.norm():
                 raise TypeError(f"base cannot be merged: {kind} does not compute W0 x + bias "
-                                "(a forward or a hook of its own?)")
+                                "(a forward or a hook of its own, or an overflow?)")
         return merged
 
     @property
@@ -258,8 +259,8 @@ class TinyBlock(nn.Module):
         x = self.attention_norm(h)                                            # (b, t, width)
         query, key, value = (
             proj(x).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj))              # (b, attention heads,
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)   # t, width)
+            for proj in (self.q_proj, self.k_proj, self.v_proj))      # (b, attention heads, t, -1)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)   # the same
         h = h + self.o_proj(mixed.transpose(1, 2).flatten(2))                 # (b, t, width)
         return h + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(h))))     # (b, t, width)
 
@@ -310,7 +311,7 @@ def inject_hydralora(model, targets, **layer_arguments):
     a target or ends in "." + target [7]. layer_arguments: those of HydraLoRALinear. A layer that
     the model holds under several names gets one adapter. Adapters of an earlier injection stay.
 
-    Raises ValueError, with the model as it was, for a target that matches no nn.Linear, that is
+    Raises an error, with the model as it was, for a target that matches no nn.Linear, that is
     injected already, or that nn.MultiheadAttention or nn.TransformerEncoderLayer hold: those read
     the weight and never call the layer. Models of other libraries may do so too: run one under
     record_gates, and such layers are missing.
@@ -337,9 +338,16 @@ def inject_hydralora(model, targets, **layer_arguments):
     if not targets:
         raise ValueError("targets must name at least one nn.Linear, got none")
     names = [name for name in linears if any(name in found for found in meant.values())]
-    layers = {linears[name]: HydraLoRALinear(linears[name], **layer_arguments) for name in names}
+    trained = {p: p.requires_grad for p in model.parameters()}
+    try:
+        layers = {linears[name]: HydraLoRALinear(linears[name], **layer_arguments)
+                  for name in names}
+    except (TypeError, ValueError):
+        for p, flag in trained.items():
+            p.requires_grad_(flag)
+        raise
     adapters = {p for layer in adapted.values() for p in layer.parameters()}
-    for p in set(model.parameters()) - adapters:
+    for p in trained.keys() - adapters | {p for base in bases for p in base.parameters()}:
         p.requires_grad_(False)
     _replace(model, layers)
     return model
@@ -388,7 +396,8 @@ def mean_gates(model, batches, masks=None):
     total, count = {}, {}
 
     def add(name, w):
-        w = w.flatten(0, -2) if mask is None else w[mask.to(w.device, torch.bool)]    # (tokens, n)
+        w = w if mask is None else w[mask.to(w.device, torch.bool)]
+        w = w.reshape(-1, w.shape[-1])                                        # (tokens, n)
         total[name] = total.get(name, 0) + w.float().sum(0)                   # (n,)
         count[name] = count.get(name, 0) + len(w)
 
@@ -401,7 +410,7 @@ def mean_gates(model, batches, masks=None):
     finally:
         for module, training in modes.items():
             module.training = training
-    unseen = [name for name in _some_layers(model) if not count.get(name)]
+    unseen = [name for name in hydralora_layers(model) if not count.get(name)]
     if unseen:
         raise ValueError(f"batches: no token reached {unseen}")
     return {name: total[name] / count[name] for name in count}
@@ -446,8 +455,8 @@ def hydralora_state_dict(model):
     """The adapter alone: NAME.lora_A (r, k), NAME.lora_B (n, d, r), NAME.router.weight (n, k or r).
 
     Keep the arguments of inject_hydralora beside it: lora_alpha and router_input cannot be told
-    from the state. After FSDP2, load torch.distributed.checkpoint.state_dict.get_model_state_dict,
-    with the options full_state_dict and ignore_frozen_params, into a model that is not sharded.
+    from the state. After FSDP2, call torch.distributed.checkpoint.state_dict.get_model_state_dict
+    with full_state_dict and ignore_frozen_params, and load what it gives into an unsharded copy.
     """
     return {f"{name}.{key}": t for name, layer in _some_layers(model).items()
             for key, t in layer._adapter().items()}
@@ -485,10 +494,12 @@ def from_official_state_dict(state):
         if match[2] in parts:
             raise ValueError(f"state: {match[1]!r} has {match[2]} with and without the prefix")
         parts[match[2]] = value
+    if not layers:
+        raise ValueError("state: is empty")
     ours = {}
     for name, parts in layers.items():
         shapes = {part: tuple(value.shape) for part, value in parts.items()}
-        (r, k), (d, _) = shapes.get("lora_A", (0, 0)), shapes.get("lora_B0", (0, 0))
+        (r, k), (d, _) = ((*shapes.get(part, ()), 0, 0)[:2] for part in ("lora_A", "lora_B0"))
         heads = [f"lora_B{i}" for i in range(max(1, len(parts) - 2))]
         if shapes != dict.fromkeys(heads, (d, r)) | dict(lora_A=(r, k), lora_route=(len(heads), k)):
             raise ValueError(f"state: {name!r} needs lora_A (r, k), lora_B0, lora_B1, ... (d, r) "
@@ -507,6 +518,11 @@ def export_lora(model, gates):
     or AutoModelForCausalLM add config |= dict(base_model_name_or_path=..., task_type="CAUSAL_LM").
     """
     layers = _some_layers(model)
+    names = {name for name, m in model.named_modules(remove_duplicate=False)
+             if isinstance(m, HydraLoRALinear)}
+    if names != layers.keys():
+        raise ValueError(f"model: {sorted(names - layers.keys())} are second names of layers, of "
+                         "which PEFT would adapt the first alone")
     gates, state = _gates_by_name(layers, gates), {}
     first = next(iter(layers.values()))
     alpha = first.lora_alpha or 1       # one for all layers: B makes up for another alpha
@@ -523,54 +539,9 @@ def export_lora(model, gates):
 # ---- Choosing N (Appendix B) -----------------------------------------------------------------
 # X_i: TF-IDF vector of document i, of length 1. S_j: a cluster, C_j: its centre. Each centre is a
 # weighted sum of documents, C_j = sum_i M_ij X_i, so the products X_i.X_l are all that is needed:
-#     |X_i - C_j|^2 = X_i.X_i - 2 sum_l X_i.X_l M_lj + sum_il M_ij X_i.X_l M_lj
+#     |X_i - C_j|^2 = X_i.X_i - 2 sum_l X_i.X_l M_lj + sum_lm M_lj X_l.X_m M_mj
 
 MOST_DOCUMENTS = 3000
-
-
-def num_heads_from_corpus(documents, max_heads=10, seed=0):
-    """Appendix B: N from the corpus alone, by TF-IDF, k-means and the elbow of the SSE curve.
-
-    documents: sequences of token ids or strings; a document that is one string is split at white
-    space. Returns (n, sse): sse[K - 1] is the sum of squared distances to the nearest of K centres,
-    K = 1 .. max_heads. The elbow is where "the rate of decrease in SSE slows down"; the paper has
-    no rule for it. Here it is the K whose gains, sse(K-1) - sse(K) and those before it, exceed all
-    later ones by the largest factor. One domain has such a K too, so n is 1 unless that factor is
-    at least 2.3, and 1.5 times what the same tokens give when they are dealt out at random.
-
-    Trust it for up to 10 domains of different words, in documents of 25 tokens or more. Real text
-    has kinds within kinds: four kinds of source files gave 1. Then n is your choice; in Figure 8
-    2 to 4 do well. The same for any seed up to 3000 documents; of more, it draws 3000. Memory:
-    documents x (terms + 6 documents) floats. Raises ValueError for fewer documents than max_heads.
-    """
-    if isinstance(documents, str):
-        raise TypeError("documents must be a sequence of documents, got one string")
-    documents = [d.split() if isinstance(d, str) else
-                 [token.item() if isinstance(token, torch.Tensor) else token for token in d]
-                 for d in documents]
-    if not 1 <= max_heads <= len(documents):
-        raise ValueError(f"max_heads must be from 1 to the number of documents, "
-                         f"{len(documents)}, got {max_heads}")
-    if len(documents) > MOST_DOCUMENTS:
-        documents = random.Random(seed).sample(documents, MOST_DOCUMENTS)
-    n, factor, sse = _elbow(documents, max_heads)
-    tokens, chance = [token for document in documents for token in document], []
-    for deal in range(3):
-        random.Random(deal).shuffle(tokens)
-        dealt = iter(tokens)
-        chance += [_elbow([list(itertools.islice(dealt, len(d))) for d in documents], max_heads)[1]]
-    return (n if factor >= max(2.3, 1.5 * sum(chance) / 3) else 1), sse
-
-
-def _elbow(documents, max_heads):
-    """The K of the elbow, by what factor its gains exceed the later ones, and the SSE curve."""
-    sse = _k_means_sse(_tf_idf_products(documents), min(max_heads + 3, len(documents)), max_heads)
-    gains = [before - after for before, after in zip(sse, sse[1:])]           # gains[K - 2] at K
-    rounding = 1e-5 * sse[0] + 1e-12
-    factors = {K: min(gains[:K - 1]) / max(*gains[K - 1:], rounding)
-               for K in range(2, min(max_heads, len(gains)) + 1)}
-    n = max(factors, key=factors.get, default=1)
-    return n, factors.get(n, 0), sse[:max_heads]
 
 
 def _tf_idf_products(documents):
@@ -587,8 +558,8 @@ def _tf_idf_products(documents):
 
 
 def _k_means_sse(products, largest, max_heads):
-    """SSE of K = 1 .. largest centres. The paper draws the first ones at random. Here K + 1 centres
-    grow out of the best K, by the one that takes most off the SSE: no luck, and SSE only falls."""
+    """SSE of K = 1 .. largest centres. The paper draws the first ones at random. Here the candidate
+    that lowers the SSE most is added to the best K centres: nothing random, and SSE only falls."""
     def squared_distances(M):           # (documents, centres) -> the same
         PM = products @ M
         return products.diagonal()[:, None] - 2 * PM + (M * PM).sum(0)
@@ -612,3 +583,48 @@ def _k_means_sse(products, largest, max_heads):
         nearest = distances.amin(1).clamp_min(0)                              # (documents,)
         sse.append(nearest.sum().item())
     return sse
+
+
+def _elbow(documents, max_heads):
+    """The K of the elbow, by what factor its gains exceed the later ones, and the SSE curve."""
+    sse = _k_means_sse(_tf_idf_products(documents), min(max_heads + 3, len(documents)), max_heads)
+    gains = [before - after for before, after in zip(sse, sse[1:])]           # gains[K - 2] at K
+    rounding = 1e-5 * sse[0] + 1e-12
+    factors = {K: min(gains[:K - 1]) / max(*gains[K - 1:], rounding)
+               for K in range(2, min(max_heads, len(gains)) + 1)}
+    n = max(factors, key=factors.get, default=1)
+    return n, factors.get(n, 0), sse[:max_heads]
+
+
+def num_heads_from_corpus(documents, max_heads=10, seed=0):
+    """Appendix B: N from the corpus alone, by TF-IDF, k-means and the elbow of the SSE curve.
+
+    documents: sequences of token ids or strings; a document that is one string is split at white
+    space. Returns (n, sse): sse[K - 1] is the sum of squared distances to the nearest of K centres,
+    K = 1 .. max_heads. The elbow is where "the rate of decrease in SSE slows down"; the paper has
+    no rule for it. Here it is the K whose gains, sse(K-1) - sse(K) and those before it, exceed all
+    later ones by the largest factor. One domain has such a K too. So n is 1 unless the factor is at
+    least 2.3, and 1.5 times that of the same tokens dealt out to the documents at random.
+
+    Trust it for up to 10 domains of different words, in documents of 25 tokens or more. Real text
+    has kinds within kinds: four kinds of source files gave 1. Then n is your choice; in Figure 8
+    2 to 4 do well. The same for any seed up to 3000 documents; of more, it draws 3000. Memory:
+    documents x (terms + 6 documents) floats. Raises ValueError for fewer documents than max_heads.
+    """
+    if isinstance(documents, str):
+        raise TypeError("documents must be a sequence of documents, got one string")
+    documents = [d.split() if isinstance(d, str) else
+                 [token.item() if isinstance(token, torch.Tensor) else token for token in d]
+                 for d in documents]
+    if not 1 <= max_heads <= len(documents):
+        raise ValueError(f"max_heads must be from 1 to the number of documents, "
+                         f"{len(documents)}, got {max_heads}")
+    if len(documents) > MOST_DOCUMENTS:
+        documents = random.Random(seed).sample(documents, MOST_DOCUMENTS)
+    n, factor, sse = _elbow(documents, max_heads)
+    tokens, chance = [token for document in documents for token in document], []
+    for deal in range(3):
+        random.Random(deal).shuffle(tokens)
+        dealt = iter(tokens)
+        chance += [_elbow([list(itertools.islice(dealt, len(d))) for d in documents], max_heads)[1]]
+    return (n if factor >= max(2.3, 1.5 * sum(chance) / 3) else 1), sse

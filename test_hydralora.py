@@ -1684,6 +1684,9 @@ def test_injection_changes_nothing_and_freezes_the_rest():
     model.layers[0].q_proj.lora_A.requires_grad_(False)         # the caller's choice ...
     inject_hydralora(model, "v_proj")                           # ... outlives a second injection
     assert trained() == set(hydralora_state_dict(model)) - {"layers.0.q_proj.lora_A"}
+    model.layers[0].q_proj.base.requires_grad_()
+    inject_hydralora(model, "o_proj")
+    assert not any(p.requires_grad for p in model.layers[0].q_proj.base.parameters())
 
 
 def test_injection_takes_the_mode_of_the_linear():
@@ -1702,6 +1705,8 @@ def test_a_layer_under_two_names_gets_one_adapter():
     assert list(hydralora_layers(model)) == ["a"]
     with pytest.raises(ValueError, match="'b.0' is injected already"):
         inject_hydralora(model, "b.0")
+    with pytest.raises(ValueError, match=r"\['b.0', 'b.1'\] are second names .* PEFT"):
+        export_lora(model, torch.ones(3) / 3)
     layers = merge_hydralora(model, torch.ones(3) / 3)
     assert model["a"] is model["b"][1] and type(model["a"]) is nn.Linear
     unmerge_hydralora(model, layers)
@@ -1811,6 +1816,7 @@ BAD = {     # what is called -> the error that it must give
     "Twice does not compute W0 x": lambda: with_base(Twice(K, D)).merge(GATES),
     r"does not compute W0 x \+ bias": lambda: changed(double_output).merge(GATES),
     "a forward or a hook of its own": lambda: changed(own_forward).merge(GATES),
+    "or an overflow": lambda: changed(lambda base: base.weight.fill_(math.inf)).merge(GATES),
     r"shape \(4,\)": lambda: merge_hydralora(tiny(), torch.ones(3)),
     "gates: missing layers .*'layers.1.v_proj'": lambda: merge_hydralora(tiny(), SOME),
     r"unknown layers \['z'\]": lambda: export_lora(tiny(["layers.0.q_proj"]), SOME | {"z": GATES}),
@@ -1856,6 +1862,8 @@ BAD = {     # what is called -> the error that it must give
     "'q' needs lora_A": lambda: from_official_state_dict(official(lora_route=None)),
     "needs lora_A": lambda: from_official_state_dict(official(lora_B0=None, lora_B1=None)),
     r"lora_B1': \(3, 2\)": lambda: from_official_state_dict(official(lora_B1=(3, 2))),
+    r"'lora_A': \(2,\)": lambda: from_official_state_dict(official(lora_A=(2,))),
+    "state: is empty": lambda: from_official_state_dict({}),
     r"lora_route': \(3, 5\)": lambda: from_official_state_dict(official(lora_route=(3, 5))),
     "'q' has lora_A with and without the prefix": lambda: from_official_state_dict(
         official() | {f"base_model.model.{key}": t for key, t in official().items()}),
@@ -1878,6 +1886,10 @@ def test_bad_input_changes_nothing():
         with pytest.raises(ValueError):
             inject_hydralora(model, targets, **arguments)
         assert not hydralora_layers(model) and all(p.requires_grad for p in model.parameters())
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="real nn.Linear"):
+        inject_hydralora(model, ["0", "1"])
+    assert not hydralora_layers(model) and all(p.requires_grad for p in model.parameters())
     model = tiny()
     before, logits = copy.deepcopy(hydralora_state_dict(model)), model(IDS)
     last = {"layers.1.v_proj.router.weight": np.zeros((N, 64))}
