@@ -332,22 +332,17 @@ def inject_hydralora(model, targets, **layer_arguments):
             parent = modules[name.rpartition(".")[0]]
             if name in adapted:
                 raise ValueError(f"targets: {target!r} is injected already, at {name}")
+            if modules[name].weight.is_complex():
+                raise TypeError(f"targets: {name!r} is not a real nn.Linear, it is complex")
             if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
                 raise ValueError(f"targets: {name!r} cannot be adapted, its "
                                  f"{type(parent).__name__} reads the weight without calling it")
     if not targets:
         raise ValueError("targets must name at least one nn.Linear, got none")
     names = [name for name in linears if any(name in found for found in meant.values())]
-    trained = {p: p.requires_grad for p in model.parameters()}
-    try:
-        layers = {linears[name]: HydraLoRALinear(linears[name], **layer_arguments)
-                  for name in names}
-    except (TypeError, ValueError):
-        for p, flag in trained.items():
-            p.requires_grad_(flag)
-        raise
+    layers = {linears[name]: HydraLoRALinear(linears[name], **layer_arguments) for name in names}
     adapters = {p for layer in adapted.values() for p in layer.parameters()}
-    for p in trained.keys() - adapters | {p for base in bases for p in base.parameters()}:
+    for p in set(model.parameters()) - adapters | {p for base in bases for p in base.parameters()}:
         p.requires_grad_(False)
     _replace(model, layers)
     return model

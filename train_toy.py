@@ -24,7 +24,6 @@ learning rate from the same search.
 import argparse
 import contextlib
 import copy
-import functools
 import itertools
 import json
 import math
@@ -187,30 +186,18 @@ def adapt(pretrained, seed, *, n, r=RANK, gates="router", whole=False, one_A=Fal
 # ---- Training and evaluation -----------------------------------------------------------------
 
 
-class World:
-    """What the methods of one seed share: the corpus, the frozen model and the data."""
-
-    def __init__(self, seed, domains, device):
-        self.seed, self.domains, self.device = seed, domains, device
-        self.corpus = corpus = Corpus(seed, domains)
-        torch.manual_seed(seed)
-        self.model = TinyTransformer(TinyConfig(
-            vocab_size=SYMBOLS + 1, max_position_embeddings=2 * LENGTH)).to(device)
-        tokens, _ = corpus.sample(PRETRAIN_STEPS * BATCH, "pre-training", corpus.old)
-        train(self.model, tokens.unflatten(0, (-1, BATCH)), 3e-3, "pre-training",
-              positions=slice(0, 2 * LENGTH))
-        self.train_tokens, self.train_domain = (
-            t.unflatten(0, (STEPS, BATCH))
-            for t in corpus.sample(STEPS * BATCH, "training", corpus.new))
-        self.tokens, self.domain = corpus.sample(EVALUATION, "test", corpus.new)
-
-
 def progress(text, last=False):
     """One line rewritten in place on a terminal, plain lines elsewhere."""
     if sys.stderr and sys.stderr.isatty():
         print(f"\r{'' if last else text:<78}\r", end="", file=sys.stderr, flush=True)
     elif last:
         print(text, file=sys.stderr, flush=True)
+
+
+def set_labels(model, labels):
+    for module in model.modules():
+        if isinstance(module, LabelGates):
+            module.labels = labels
 
 
 def train(model, tokens, lr, what, positions=CIPHERED, labels=None):
@@ -236,12 +223,6 @@ def train(model, tokens, lr, what, positions=CIPHERED, labels=None):
              f"{time.perf_counter() - start:.1f} s", last=True)
 
 
-def set_labels(model, labels):
-    for module in model.modules():
-        if isinstance(module, LabelGates):
-            module.labels = labels
-
-
 @torch.no_grad()
 def logits_of(model, tokens, labels=None):
     """Logits where enciphered symbols are predicted: (count, LENGTH, vocabulary)."""
@@ -263,6 +244,29 @@ def data_sets(domain, purity, random_numbers):
     return torch.where(by_chance, any_one, domain)
 
 
+class World:
+    """What the methods of one seed share: the corpus, the frozen model and the data."""
+
+    def __init__(self, seed, domains, device):
+        self.seed, self.domains, self.device = seed, domains, device
+        self.corpus = corpus = Corpus(seed, domains)
+        torch.manual_seed(seed)
+        self.model = TinyTransformer(TinyConfig(
+            vocab_size=SYMBOLS + 1, max_position_embeddings=2 * LENGTH)).to(device)
+        tokens, _ = corpus.sample(PRETRAIN_STEPS * BATCH, "pre-training", corpus.old)
+        train(self.model, tokens.unflatten(0, (-1, BATCH)), 3e-3, "pre-training",
+              positions=slice(0, 2 * LENGTH))
+        self.train_tokens, self.train_domain = (
+            t.unflatten(0, (STEPS, BATCH))
+            for t in corpus.sample(STEPS * BATCH, "training", corpus.new))
+        self.tokens, self.domain = corpus.sample(EVALUATION, "test", corpus.new)
+
+
+def means(right, domain):
+    """The mean of each domain, as a list."""
+    return [right[domain == t].mean().item() for t in domain.unique()]
+
+
 def fine_tune(world, name, *, lr, purity=None, domains=None, paper=None, **method):
     """Adapt the world's model by one method -> (model, what was measured)."""
     model, labels, test_labels = adapt(world.model, world.seed, **method), None, None
@@ -273,11 +277,6 @@ def fine_tune(world, name, *, lr, purity=None, domains=None, paper=None, **metho
     right = accuracy(logits_of(model, world.tokens, test_labels), world.tokens)
     return model, dict(size=sum(p.numel() for p in model.parameters() if p.requires_grad),
                        accuracy=right.mean().item(), by_domain=means(right, world.domain))
-
-
-def means(right, domain):
-    """The mean of each domain, as a list."""
-    return [right[domain == t].mean().item() for t in domain.unique()]
 
 
 # ---- A look at the heads ---------------------------------------------------------------------
@@ -533,16 +532,9 @@ def all_methods():
     }
 
 
-@functools.lru_cache(maxsize=None)
-def world_of(seed, domains, device):
-    return World(seed, domains, device)
-
-
-def run(job):
-    """One method on one seed -> what was measured; with lr=None the table's."""
-    seed, name, lr, device = job
+def run(world, name, lr):
+    """One method -> what was measured; with lr=None the table's."""
     method = all_methods()[name] | ({} if lr is None else dict(lr=lr))
-    world = world_of(seed, method.get("domains", DOMAINS), device)
     model, result = fine_tune(world, name, **method)
     layers = hydralora_layers(model).values()
     if name.startswith("LoRA-Split"):
@@ -556,6 +548,13 @@ def run(job):
     return result
 
 
+def run_world(jobs):
+    """job -> result, for jobs that share a World: one seed, one number of domains."""
+    seed, name, _, device = jobs[0]
+    world = World(seed, all_methods()[name].get("domains", DOMAINS), device)
+    return {job: run(world, *job[1:3]) for job in jobs}
+
+
 def start_worker():
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches the parent, which ends all
@@ -563,13 +562,15 @@ def start_worker():
 
 def run_all(seeds, names, lrs, device):
     """name -> for each seed a list with one result for each lr; in as many processes as cores."""
-    jobs = [(seed, name, lr, device) for seed in seeds for name in names for lr in lrs]
+    worlds, results = {}, {}
+    for job in itertools.product(seeds, names, lrs, [device]):
+        domains = all_methods()[job[1]].get("domains", DOMAINS)
+        worlds.setdefault((job[0], domains), []).append(job)
     with multiprocessing.get_context("spawn").Pool(os.cpu_count(), start_worker) as pool:
-        results = iter(list(pool.imap(run, jobs)))
-    got = {name: [] for name in names}
-    for _, name in itertools.product(seeds, names):
-        got[name].append([next(results) for _ in lrs])
-    return got
+        for done in pool.imap(run_world, sorted(worlds.values(), key=len, reverse=True)):
+            results |= done
+    return {name: [[results[seed, name, lr, device] for lr in lrs] for seed in seeds]
+            for name in names}
 
 
 def tune(device):
