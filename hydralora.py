@@ -53,7 +53,7 @@ from torch import nn
 
 
 def hydralora_gates(x, Wg):
-    """Eq. 4: w = softmax(Wg^T x). x (..., k), Wg^T as Wg (n, k) -> w (..., n)."""
+    """Eq. 4: w = softmax(Wg^T x). x (..., k), Wg (n, k), which is Eq. 4's Wg^T -> w (..., n)."""
     logits = F.linear(x, Wg)                                                  # (..., n)
     high = torch.promote_types(logits.dtype, torch.float32)
     return logits.softmax(-1, dtype=high).to(logits.dtype)                    # (..., n) [3]
@@ -224,8 +224,8 @@ class HydraLoRALinear(nn.Module):
     bias = property(lambda self: self.base.bias)
 
     def _adapter(self):
-        """The trained part of the state_dict."""
-        return {key: t for key, t in self.state_dict().items() if not key.startswith("base.")}
+        """The trained parameters: lora_A, lora_B and router.weight."""
+        return {key: p for key, p in self.named_parameters() if not key.startswith("base.")}
 
     def extra_repr(self):
         return (f"num_heads={self.num_heads}, r={self.r}, lora_alpha={self.lora_alpha}, "
@@ -298,9 +298,12 @@ def _replace(model, new):
                 setattr(parent, name, new[child])
 
 
-def hydralora_layers(model):
-    """The model's HydraLoRA layers: dict name -> HydraLoRALinear, empty if there is none."""
-    return {name: module for name, module in model.named_modules()
+def hydralora_layers(model, remove_duplicate=True):
+    """The model's HydraLoRA layers: dict name -> HydraLoRALinear, empty if there is none.
+
+    remove_duplicate=False: under all their names, as in nn.Module.named_modules.
+    """
+    return {name: module for name, module in model.named_modules(remove_duplicate=remove_duplicate)
             if isinstance(module, HydraLoRALinear)}
 
 
@@ -318,7 +321,7 @@ def inject_hydralora(model, targets, **layer_arguments):
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     modules = dict(model.named_modules(remove_duplicate=False))
-    adapted = {name: m for name, m in modules.items() if isinstance(m, HydraLoRALinear)}
+    adapted = hydralora_layers(model, remove_duplicate=False)
     bases = {layer.base for layer in adapted.values()}
     linears = {name: m for name, m in modules.items()
                if isinstance(m, nn.Linear) and m not in bases and m is not model}
@@ -341,8 +344,8 @@ def inject_hydralora(model, targets, **layer_arguments):
         raise ValueError("targets must name at least one nn.Linear, got none")
     names = [name for name in linears if any(name in found for found in meant.values())]
     layers = {linears[name]: HydraLoRALinear(linears[name], **layer_arguments) for name in names}
-    adapters = {p for layer in adapted.values() for p in layer.parameters()}
-    for p in set(model.parameters()) - adapters | {p for base in bases for p in base.parameters()}:
+    adapters = {p for layer in adapted.values() for p in layer._adapter().values()}
+    for p in set(model.parameters()) - adapters:
         p.requires_grad_(False)
     _replace(model, layers)
     return model
@@ -453,8 +456,8 @@ def hydralora_state_dict(model):
     from the state. After FSDP2, call torch.distributed.checkpoint.state_dict.get_model_state_dict
     with full_state_dict and ignore_frozen_params, and load what it gives into an unsharded copy.
     """
-    return {f"{name}.{key}": t for name, layer in _some_layers(model).items()
-            for key, t in layer._adapter().items()}
+    return {f"{name}.{key}": p.detach() for name, layer in _some_layers(model).items()
+            for key, p in layer._adapter().items()}
 
 
 @torch.no_grad()
@@ -513,11 +516,10 @@ def export_lora(model, gates):
     or AutoModelForCausalLM add config |= dict(base_model_name_or_path=..., task_type="CAUSAL_LM").
     """
     layers = _some_layers(model)
-    names = {name for name, m in model.named_modules(remove_duplicate=False)
-             if isinstance(m, HydraLoRALinear)}
-    if names != layers.keys():
-        raise ValueError(f"model: {sorted(names - layers.keys())} are second names of layers, of "
-                         "which PEFT would adapt the first alone")
+    second = sorted(hydralora_layers(model, remove_duplicate=False).keys() - layers.keys())
+    if second:
+        raise ValueError(f"model: {second} are second names of layers, of which PEFT would adapt "
+                         "the first alone")
     gates, state = _gates_by_name(layers, gates), {}
     first = next(iter(layers.values()))
     alpha = first.lora_alpha or 1       # one for all layers: B makes up for another alpha

@@ -348,7 +348,8 @@ def knock_out(model, where, world):
                 return w / w.sum(-1, keepdim=True).clamp_min(1e-9)
         with hook_gates(model, rest):
             return means(accuracy(logits_of(model, world.tokens), world.tokens), world.domain)
-    lost = [[a - b for a, b in zip(by_domain_without(None), by_domain_without(head))]
+    before = by_domain_without(None)
+    lost = [[a - b for a, b in zip(before, by_domain_without(head))]
             for head in range(hydralora_layers(model)[where].num_heads)]
     return [list(row) for row in zip(*lost)]
 
@@ -497,7 +498,7 @@ def all_methods():
     true, three = dict(gates="label", purity=1), dict(domains=3, n=3)
     split, same = dict(whole, gates="label", paper="-"), methods()
     gated = dict(hydra, gates="label", paper="-")
-    of_size = {key: v for key, v in same["LoRA, same size"].items() if key != "paper"}
+    of_size = same["LoRA, same size"] | dict(paper=None)
     qv, mlp = dict(targets=("q_proj", "v_proj")), dict(targets=("up_proj", "down_proj"))
     return same | {
         "LoRA r=8 (w/o MoE)": dict(lora, lr=4e-2, paper="+4.00 MMLU, Table 2 and Figure 6"),
@@ -634,7 +635,7 @@ def show_paper(measured):
           f"{points([m['mean gates'] - m['routed'] for m in ways])}.**")
     print(f"\nHydraLoRA r={RANK}, n={DOMAINS}, {of('HydraLoRA', 'size')[0]:,} parameters: "
           f"{spread(of('HydraLoRA'))} percent, against\n")
-    opponents = {name: m["paper"] for name, m in all_methods().items() if "paper" in m}
+    opponents = {name: m["paper"] for name, m in all_methods().items() if m.get("paper")}
     table(["opponent", "size", "accuracy", "HydraLoRA ahead by", "seeds ahead", "in the paper"], [
         [name, f"{of(name, 'size')[0]:,}", *cells("HydraLoRA", name), opponents[name]]
         for name in sorted(opponents, key=lambda name: statistics.mean(of(name)))])
