@@ -1,449 +1,318 @@
 # SPDX-License-Identifier: MIT
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch", "numpy"]
-# ///
 """Do the heads of HydraLoRA specialise, and what are the router and the shared A worth?
 
-    python train_toy.py             the experiment: below a minute on two CPU cores
-    python train_toy.py --paper     the paper's claims that a toy can test: ten minutes
+    python train_toy.py             the experiment: a minute on two CPU cores
+    python train_toy.py --paper     the README's table, ten seeds: six minutes
     python train_toy.py --cost      time and memory of the layer: half a minute
-    python train_toy.py --tune      the search for every learning rate: an hour
+    python train_toy.py --tune      each method at each learning rate, five seeds: half an hour
 
 A sequence belongs to a hidden domain, and each domain has a cipher of its own:
 
-    plain symbols (LENGTH) | separator | the same symbols enciphered (LENGTH)
-                                         the loss and the accuracy are taken here
+    d b d d a d ...  |  k f k k c k ...
+    plain symbols    |  the same enciphered: the loss and the accuracy are taken here
 
-Domains differ in how often they use a symbol, so the plain part tells what domain it may be, and
-they conflict: a symbol has to become another one in each domain. No label says which domain it
-is. A transformer is pre-trained on one set of ciphers and frozen, then adapters learn a new set.
-Every method sees the same batches for the same steps, with the same schedule and scaling and a
-learning rate from the same search.
+A transformer is pre-trained on one set of ciphers and frozen, then adapters learn a new set. No
+label says which domain a sequence is from. All methods see the same batches for the same steps.
+
+The world is made for a router: the domains conflict, since a symbol becomes another one in each;
+each prefers its own third of the symbols, which tells which one it is; and the frozen model has
+learnt to look at that. The adapter sits on the last o_proj, where domain and symbol come together;
+on feed-forward layers one LoRA gets everything right. So the run shows what the parts of HydraLoRA
+do, and cannot say what they are worth in a large model.
 """
 import argparse
-import contextlib
 import copy
-import itertools
 import json
-import math
 import multiprocessing
 import os
-import random
 import signal
 import statistics
 import sys
-import tempfile
 import time
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from hydralora import (
-    HydraLoRALinear, Router, TinyConfig, TinyTransformer, hook_gates, hydralora_layers,
-    inject_hydralora, mean_gates, merge_hydralora, num_heads_from_corpus, record_gates,
-    unmerge_hydralora)
+    HydraLoRALinear, TinyConfig, TinyTransformer, hook_gates, mean_gates, merge_hydralora,
+    num_heads_from_corpus, record_gates, unmerge_hydralora)
 
-DOMAINS = 4                 # hidden kinds of sequences
+DOMAINS = 3                 # hidden kinds of sequences
 SYMBOLS = 24                # 0 .. SYMBOLS - 1; the token SYMBOLS is the separator
-LENGTH = 10                 # plain symbols in a sequence, and enciphered ones
-CIPHERED = slice(LENGTH, 2 * LENGTH)    # the positions whose next token is an enciphered symbol
+PREFERENCE = 8              # how much more often a domain uses each symbol of its own third
+LENGTH = 16                 # plain symbols in a sequence, and enciphered ones
+PURITY = 0.9                # share of a data set that is from one domain; the rest is from any
+MODEL = TinyConfig(SYMBOLS + 1, 2 * LENGTH)     # two layers, width 64
 BATCH = 64                  # sequences in a step
-PRETRAIN_STEPS = 600        # on the old ciphers, all weights
-STEPS = 600                 # on the new ciphers, adapters only
+PRETRAIN_STEPS = 1200       # on the old ciphers, all weights
+STEPS = 600                 # on the new ciphers, the adapter only
 EVALUATION = 2000           # test sequences
-TARGETS = ("o_proj",)       # where the adapters sit
-RANK = 8                    # r of HydraLoRA in the main run
-STREAMS = ("pre-training", "training", "test", "training labels", "test labels", "calibration")
-
-
-def stream(seed, name):
-    """An independent source of random numbers for each use, so that methods share their data."""
-    return torch.Generator().manual_seed(1000 * seed + STREAMS.index(name))
-
-
-# ---- The corpus ------------------------------------------------------------------------------
-
-
-class Corpus:
-    """Symbol frequencies, old ciphers and new ones of each domain; all follows from the seed."""
-
-    def __init__(self, seed, domains):
-        torch.manual_seed(seed)
-        self.seed, self.domains = seed, domains
-        dirichlet = torch.distributions.Dirichlet(torch.full((SYMBOLS,), 0.3))
-        self.frequencies = dirichlet.sample((domains,))                     # (domains, symbols)
-        self.old, self.new = (torch.stack([torch.randperm(SYMBOLS) for _ in range(domains)])
-                              for _ in range(2))                            # (domains, symbols)
-
-    def sample(self, count, name, ciphers):
-        """tokens (count, 2 LENGTH + 1) and the hidden domain of each sequence (count,)."""
-        random_numbers = stream(self.seed, name)
-        domain = torch.randint(self.domains, (count,), generator=random_numbers)
-        plain = torch.multinomial(self.frequencies[domain], LENGTH, replacement=True,
-                                  generator=random_numbers)                 # (count, LENGTH)
-        separator = torch.full((count, 1), SYMBOLS)
-        return torch.cat([plain, separator, ciphers[domain[:, None], plain]], dim=1), domain
-
-    def bayes_accuracy(self, tokens):
-        """The limit without labels: the best guess of who knows all frequencies and ciphers.
-
-        It weighs the domains by their posterior, given the plain symbols and the enciphered ones
-        so far. A domain whose cipher has contradicted one of those is out.
-        """
-        plain, cipher = tokens[:, :LENGTH], tokens[:, LENGTH + 1:]          # (count, LENGTH)
-        guess = self.new[:, plain]                                    # (domains, count, LENGTH)
-        log_p = self.frequencies.double().log()[:, plain].sum(2, keepdim=True)
-        contradicted = torch.where(guess == cipher, 0.0, -torch.inf).cumsum(2).roll(1, 2)
-        contradicted[..., 0] = 0                                            # nothing is seen yet
-        posterior = (log_p + contradicted).softmax(0)                 # (domains, count, LENGTH)
-        votes = torch.einsum("dcl,dcls->cls", posterior, F.one_hot(guess, SYMBOLS).double())
-        return (votes.argmax(2) == cipher).double().mean().item()
+RANK = 24                   # r of HydraLoRA
+ROUTER_START = 0.01         # times Kaiming: the data and not the start decide what a head gets
+RATES = {"block.o_proj.lora_A": 0.3, "block.o_proj.router.weight": 4}   # times B's, which is lr
+PRETRAINING, TRAINING, TEST = range(3)  # uses of the corpus; all methods see the same samples
 
 
 # ---- The methods -----------------------------------------------------------------------------
-# All are made of HydraLoRALinear.
-
-
-class EqualGates(nn.Module):
-    """1/n for every head: a LoRA where n = 1, else Figure 6's "w/o gate"."""
+class FixedGates(nn.Module):
+    """In the router's place: the same gates for all tokens of a sequence, at first 1/n a head."""
 
     def __init__(self, n):
         super().__init__()
-        self.n = n
+        self.gates = torch.full((n,), 1 / n)                                # (n,) or (b, 1, n)
 
     def forward(self, x):
-        return x.new_full((*x.shape[:-1], self.n), 1 / self.n)              # (b, t, n)
-
-
-class LabelGates(EqualGates):
-    """One head for each label; `labels` (b,) is set before each forward."""
-
-    def forward(self, x):
-        one_hot = F.one_hot(self.labels, self.n).to(x).unsqueeze(1)         # (b, 1, n)
-        return one_hot.expand(*x.shape[:-1], self.n)                        # (b, t, n)
+        return self.gates.to(x).expand(*x.shape[:-1], -1)                   # (b, t, n)
 
 
 class WholeLoRAs(HydraLoRALinear):
-    """n LoRAs with an A each, mixed by gates: sum_i w_i B_i A_i x.
-
-    With a router the paper's LoRA MoE (Eqs. 5 and 6), with labels its LoRA-Split. The paper does
-    not say how LoRA-Split chooses in inference; here it gets the label then too.
-    """
+    """n LoRAs with an A each, all started from one: sum_i w_i B_i A_i x. With a router the paper's
+    LoRA MoE (Eqs. 5 and 6), with labels, also in inference, its LoRA-Split."""
 
     def __init__(self, base, **arguments):
         super().__init__(base, **arguments)
-        self.lora_A = nn.Parameter(self.lora_A.new_empty(self.num_heads * self.r, base.in_features))
-        self.reset_parameters()
+        self.lora_A = nn.Parameter(self.lora_A.detach().repeat(self.num_heads, 1))      # (n r, k)
 
     def forward(self, x):
         z = F.linear(x, self.lora_A).unflatten(-1, (self.num_heads, self.r))    # (b, t, n, r)
         wz = self.gates(x).unsqueeze(-1) * z * self.scaling                     # (b, t, n, r)
-        heads = self.lora_B.transpose(0, 1).flatten(1)                          # (d, n r)
-        return self.base(x) + F.linear(wz.flatten(-2), heads)                   # (b, t, d)
+        return self.base(x) + F.linear(wz.flatten(-2), self.lora_B.transpose(0, 1).flatten(1))
 
 
 def methods(n=DOMAINS):
-    """The methods of the main run: name -> arguments of `fine_tune`.
+    """Name -> arguments of fine_tune; lr is --tune's best, `paper` by how much HydraLoRA is ahead
+    there. On a square layer HydraLoRA is as large as one LoRA of rank (r (1 + n) + n) / 2, and as n
+    whole LoRAs of rank r (1 + n) / (2 n) with a router."""
+    whole, same = RANK * (1 + n) // (2 * n), RANK * (1 + n) + n
+    return {    # the main run's, then those of --paper alone
+        "LoRA, same size": dict(n=1, r=(same + 1) // 2, gates="equal", lr=0.08,
+                                paper="1.77 MMLU, Table 2, router not counted"),
+        "whole LoRAs + router, same size": dict(n=n, r=whole, whole=True, lr=0.32, paper="-"),
+        "LoRA-Split by 90% pure data sets": dict(
+            n=DOMAINS, r=17, whole=True, gates="data_set", lr=1.28, paper="-"),
+        "HydraLoRA": dict(n=n, r=RANK, lr=0.16),
+        "HydraLoRA, true gate": dict(n=DOMAINS, r=RANK, gates="domain", lr=1.28, paper="-"),
+        "LoRA-Split by true domain": dict(n=DOMAINS, r=17, whole=True, gates="domain", lr=1.28,
+                                          paper="0.28 MMLU, Table 2, at half its size"),
+        "equal gates": dict(n=n, r=RANK, gates="equal", lr=0.16, paper="4.41 MMLU, Figure 6"),
+        "whole LoRAs + router": dict(n=n, r=RANK, whole=True, lr=0.16, paper="1.2 BBH, Table 3"),
+        "HydraLoRA, r=3": dict(n=n, r=3, lr=0.32),
+        "whole LoRAs + router, r=2": dict(n=n, r=2, whole=True, lr=0.32, paper="-",
+                                          ours="HydraLoRA, r=3")}
 
-    lr is the best of --tune. `paper` is by how much HydraLoRA is ahead of it there. On square
-    layers a LoRA of rank (r (1 + n) + n) / 2 has the size of HydraLoRA of rank r with its router,
-    and n whole LoRAs of rank r (n + 1) / (2 n) have that of n heads on one A.
-    """
-    return {
-        "LoRA, same size": dict(n=1, gates="equal", r=math.ceil((RANK * (1 + n) + n) / 2), lr=4e-2,
-                                paper="+1.77 MMLU, Table 2 (no router counted)"),
-        "whole LoRAs + router, same size": dict(
-            n=n, whole=True, r=RANK * (n + 1) // (2 * n), lr=4e-2, paper="-"),
-        "HydraLoRA": dict(n=n, lr=4e-2),
-        "LoRA-Split by domain, r=8": dict(n=DOMAINS, whole=True, gates="label", purity=1, lr=32e-2,
-                                          paper="+0.28 MMLU, Table 2; w/o hydra, Figure 6"),
-    }
+
+class Top(nn.Module):
+    """The transformer from its last o_proj on, whose input is x and whose output is added to h. All
+    below is frozen, so x and h (count, LENGTH, width) are computed once."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.block, self.norm, self.lm_head = model.layers[-1], model.norm, model.lm_head
+
+    def forward(self, x, h, labels=None):
+        if labels is not None:
+            self.block.o_proj.router.gates = F.one_hot(labels, DOMAINS)[:, None]    # (b, 1, n)
+        h = h + self.block.o_proj(x)                                        # (b, t, width)
+        h = h + self.block.down_proj(F.gelu(self.block.up_proj(self.block.mlp_norm(h))))
+        return self.lm_head(self.norm(h))                                   # (b, t, vocabulary)
 
 
-def adapt(pretrained, seed, *, n, r=RANK, gates="router", whole=False, one_A=False,
-          targets=TARGETS, router_input="x"):
-    """A copy of the model with adapters. Methods of one rank start from one A; with one_A, so do
-    all the LoRAs of `whole`."""
-    model = copy.deepcopy(pretrained)
-    arguments = dict(num_heads=n, r=r, lora_alpha=2 * r, router_input=router_input)
-    inject_hydralora(model, targets, **arguments)
-    for i, (name, layer) in enumerate(hydralora_layers(model).items()):
-        if whole:
-            layer = WholeLoRAs(layer.base, **arguments)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
-        torch.manual_seed(1000 * seed + i)
-        layer.reset_parameters()
-        if one_A:
-            layer.lora_A.data.copy_(layer.lora_A[:r].repeat(n, 1))
-        if gates != "router":
-            layer.router = EqualGates(n) if gates == "equal" else LabelGates(n)
-    return model
+def adapt(top, seed, n, r, gates="router", whole=False):
+    """A copy of `top` with an adapter. Methods of one rank start from one A."""
+    top, kind = copy.deepcopy(top), WholeLoRAs if whole else HydraLoRALinear
+    torch.manual_seed(seed)
+    layer = top.block.o_proj = kind(top.block.o_proj, num_heads=n, r=r, lora_alpha=2 * r)
+    layer.router.weight.data *= ROUTER_START
+    layer.router = layer.router if gates == "router" else FixedGates(n)
+    return top
 
 
 # ---- Training and evaluation -----------------------------------------------------------------
-
-
-def progress(text, last=False):
-    """One line rewritten in place on a terminal, plain lines elsewhere."""
-    if sys.stderr and sys.stderr.isatty():
-        print(f"\r{'' if last else text:<78}\r", end="", file=sys.stderr, flush=True)
-    elif last:
-        print(text, file=sys.stderr, flush=True)
-
-
-def set_labels(model, labels):
-    for module in model.modules():
-        if isinstance(module, LabelGates):
-            module.labels = labels
-
-
-def train(model, tokens, lr, what, positions=CIPHERED, labels=None):
-    """AdamW on OneCycle, next-token loss; tokens (steps, BATCH, 2 LENGTH + 1)."""
-    device = next(model.parameters()).device
-    tokens = tokens.to(device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr,
-                                  weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(tokens))
-    model.train()
-    start = time.perf_counter()
-    for step, batch in enumerate(tokens):
-        set_labels(model, None if labels is None else labels[step].to(device))
-        logits = model(batch[:, :-1])[:, positions]                         # (b, positions, vocab)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:][:, positions].flatten())
+def train(model, inputs, targets, lr, what):
+    """AdamW on OneCycle, cross-entropy: inputs (count, ...) each, targets (count, positions)."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rates = [lr * RATES.get(name, 1) for name in trained]
+    optimizer = torch.optim.AdamW([dict(params=[p]) for p in trained.values()], weight_decay=0)
+    steps, start = len(targets) // BATCH, time.perf_counter()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps)
+    for step in range(steps):
+        *batch, target = (t[step * BATCH:(step + 1) * BATCH] for t in (*inputs, targets))
+        loss = F.cross_entropy(model(*batch).flatten(0, 1), target.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 50 == 0:
-            progress(f"{what}: step {step} of {len(tokens)}, loss {loss.item():.3f}")
-    progress(f"{what}: loss {loss.item():.3f} after {len(tokens)} steps, "
-             f"{time.perf_counter() - start:.1f} s", last=True)
-
-
-@torch.no_grad()
-def logits_of(model, tokens, labels=None):
-    """Logits where enciphered symbols are predicted: (count, LENGTH, vocabulary)."""
-    device = next(model.parameters()).device
-    set_labels(model.eval(), None if labels is None else labels.to(device))
-    return model(tokens[:, :-1].to(device))[:, CIPHERED].cpu()
-
-
-def accuracy(logits, tokens):
-    """Percent of the enciphered symbols that are right in each sequence: (count,)."""
-    return 100 * (logits.argmax(-1) == tokens[:, LENGTH + 1:]).double().mean(1)
-
-
-def data_sets(domain, purity, random_numbers):
-    """The data set that each sequence stands in. Each data set takes a share `purity` of its
-    sequences from one domain, and the rest from all domains alike."""
-    by_chance = torch.rand(domain.shape, generator=random_numbers) >= purity
-    any_one = torch.randint(int(domain.max()) + 1, domain.shape, generator=random_numbers)
-    return torch.where(by_chance, any_one, domain)
+    print(f"{what}: loss {loss.item():.3f}, {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 
 class World:
     """What the methods of one seed share: the corpus, the frozen model and the data."""
 
-    def __init__(self, seed, domains, device):
-        self.seed, self.domains, self.device = seed, domains, device
-        self.corpus = corpus = Corpus(seed, domains)
+    def __init__(self, seed, device):
+        torch.set_num_threads(1)        # small tensors, and the same result on any machine
         torch.manual_seed(seed)
-        self.model = TinyTransformer(TinyConfig(
-            vocab_size=SYMBOLS + 1, max_position_embeddings=2 * LENGTH)).to(device)
-        tokens, _ = corpus.sample(PRETRAIN_STEPS * BATCH, "pre-training", corpus.old)
-        train(self.model, tokens.unflatten(0, (-1, BATCH)), 3e-3, "pre-training",
-              positions=slice(0, 2 * LENGTH))
-        self.train_tokens, self.train_domain = (
-            t.unflatten(0, (STEPS, BATCH))
-            for t in corpus.sample(STEPS * BATCH, "training", corpus.new))
-        self.tokens, self.domain = corpus.sample(EVALUATION, "test", corpus.new)
+        self.seed, self.device, chance = seed, device, torch.Generator().manual_seed(seed)
+        own = torch.arange(SYMBOLS) % DOMAINS == torch.arange(DOMAINS)[:, None]
+        self.frequencies = F.normalize(torch.where(own, PREFERENCE, 1.0), p=1)  # (domains, symbols)
+        self.old, self.new = (torch.stack([
+            torch.randperm(SYMBOLS, generator=chance) for _ in range(DOMAINS)]) for _ in range(2))
+        self.model = TinyTransformer(MODEL).to(device)
+        tokens = self.sample(PRETRAIN_STEPS * BATCH, PRETRAINING, self.old)[0].to(device)
+        train(self.model, [tokens[:, :-1]], tokens[:, 1:], 3e-3, "pre-training")
+        self.top = Top(self.model.requires_grad_(False))
+        self.training, self.test = self.data(STEPS * BATCH, TRAINING), self.data(EVALUATION, TEST)
+
+    def sample(self, count, use, ciphers):
+        """tokens (count, 2 LENGTH + 1), and of each sequence the hidden domain and the data set."""
+        chance = torch.Generator().manual_seed(1000 * self.seed + use)
+        domain, any_domain = torch.randint(DOMAINS, (2, count), generator=chance)
+        pure = torch.rand(count, generator=chance) < PURITY
+        plain = torch.multinomial(self.frequencies[domain], LENGTH, replacement=True,
+                                  generator=chance)                         # (count, LENGTH)
+        tokens = [plain, torch.full((count, 1), SYMBOLS), ciphers[domain[:, None], plain]]
+        return torch.cat(tokens, dim=1), domain, torch.where(pure, domain, any_domain)
+
+    def data(self, count, use):
+        """Sequences with new ciphers, and what Top reads where enciphered symbols are predicted."""
+        tokens, domain, data_set = (t.to(self.device) for t in self.sample(count, use, self.new))
+        block, x, h = self.model.layers[-1], [], []
+        keep = lambda seen: lambda _, inputs: seen.append(inputs[0][:, LENGTH:].clone())
+        hooks = [block.o_proj.register_forward_pre_hook(keep(x)),
+                 block.register_forward_pre_hook(keep(h))]
+        for batch in tokens[:, :-1].split(1000):
+            self.model(batch)
+        for hook in hooks:
+            hook.remove()
+        return SimpleNamespace(tokens=tokens, domain=domain, data_set=data_set, x=torch.cat(x),
+                               h=torch.cat(h), targets=tokens[:, LENGTH + 1:])
+
+    def bayes_accuracy(self, tokens):
+        """The limit without labels, in percent: the best guess of who knows all frequencies and
+        ciphers, from the plain symbols and the enciphered ones so far."""
+        plain, cipher = tokens[:, :LENGTH], tokens[:, LENGTH + 1:]          # (count, LENGTH)
+        guess = self.new[:, plain]                                    # (domains, count, LENGTH)
+        log_p = self.frequencies.double().log()[:, plain].sum(2, keepdim=True)
+        contradicted = torch.where(guess == cipher, 0.0, -torch.inf).cumsum(2)[..., :-1]
+        posterior = (log_p + F.pad(contradicted, (1, 0))).softmax(0)  # (domains, count, LENGTH)
+        votes = torch.einsum("dcl,dcls->cls", posterior, F.one_hot(guess, SYMBOLS).double())
+        return 100 * (votes.argmax(2) == cipher).double().mean().item()
 
 
-def means(right, domain):
-    """The mean of each domain, as a list."""
-    return [right[domain == t].mean().item() for t in domain.unique()]
+@torch.no_grad()
+def logits_of(top, data, gates=None):
+    return top(data.x, data.h, getattr(data, gates or "", None))            # (count, LENGTH, vocab)
 
 
-def fine_tune(world, name, *, lr, purity=None, domains=None, paper=None, **method):
-    """Adapt the world's model by one method -> (model, what was measured)."""
-    model, labels, test_labels = adapt(world.model, world.seed, **method), None, None
-    if purity is not None:
-        labels = data_sets(world.train_domain, purity, stream(world.seed, "training labels"))
-        test_labels = data_sets(world.domain, purity, stream(world.seed, "test labels"))
-    train(model, world.train_tokens, lr, name, labels=labels)
-    right = accuracy(logits_of(model, world.tokens, test_labels), world.tokens)
-    return model, dict(size=sum(p.numel() for p in model.parameters() if p.requires_grad),
-                       accuracy=right.mean().item(), by_domain=means(right, world.domain))
+def accuracy(logits, data):
+    """Percent of the enciphered symbols that are right in each sequence: (count,)."""
+    return 100 * (logits.argmax(-1) == data.targets).float().mean(1)
 
 
-# ---- A look at the heads ---------------------------------------------------------------------
+def by_domain(values, domain):
+    """The mean of each domain: (count, ...) -> (domains, ...)."""
+    return torch.stack([values[domain == t].mean(0) for t in range(DOMAINS)])
 
 
-def gates_of(model, tokens):
-    """w in each layer where enciphered symbols are predicted: name -> (count, LENGTH, n)."""
-    with record_gates(model) as gates:
-        logits_of(model, tokens)
-    return {name: w[:, CIPHERED].cpu() for name, w in gates.items()}
+def fine_tune(world, name, n, r, lr, gates="router", whole=False, paper=None, ours=None):
+    """Adapt the world's model by one method -> (top, what was measured)."""
+    top, data = adapt(world.top, world.seed, n, r, gates, whole), world.training
+    labels = [getattr(data, gates)] if hasattr(data, gates) else []
+    train(top, [data.x, data.h, *labels], data.targets, lr, name)
+    right = accuracy(logits_of(top, world.test, gates), world.test)
+    size = sum(p.numel() for p in top.parameters() if p.requires_grad)
+    return top, dict(size=size, accuracy=right.mean().item(),
+                     by_domain=by_domain(right, world.test.domain).tolist())
 
 
-def by_domain(w, domain):
-    """Mean gates of each domain: (count, LENGTH, n) -> (domains, n)."""
-    return torch.stack([w[domain == t].flatten(0, 1).mean(0) for t in domain.unique()])
+# ---- A look at the heads, and merging --------------------------------------------------------
+def gates_of(top, data):
+    """w for each enciphered symbol: (count, LENGTH, n)."""
+    with record_gates(top) as gates:
+        logits_of(top, data)
+    return gates["block.o_proj"]
 
 
 def nmi(w, domain):
     """2 I(domain; head) / (H(domain) + H(head)), where each token draws its head from its gates.
-
-    0: the gates say nothing of the domain. 1: one head for each domain, with certainty.
-    """
-    joint = by_domain(w, domain).double() * torch.bincount(domain)[:, None] / len(domain)
+    0: the gates say nothing of the domain. 1: one head for each domain, with certainty."""
+    share = torch.bincount(domain, minlength=DOMAINS)[:, None] / len(domain)
+    joint = by_domain(w.mean(1), domain) * share                            # (domains, n)
     entropy = lambda p: -torch.xlogy(p, p).sum().item()
     of_domain, of_head = entropy(joint.sum(1)), entropy(joint.sum(0))
     return 2 * (of_domain + of_head - entropy(joint)) / (of_domain + of_head)
 
 
-def of_symbol_alone(w, plain):
-    """The gates (count, LENGTH, n), averaged over all tokens with the same plain symbol: what a
-    router gives that sorts symbols and knows nothing else of the domain."""
-    which = F.one_hot(plain, SYMBOLS).to(w)                                 # (count, LENGTH, 24)
-    mean = torch.einsum("cls,cln->sn", which, w) / which.sum((0, 1))[:, None]
-    return mean[plain]                                                      # (count, LENGTH, n)
+def knock_out(top, data):
+    """Points of accuracy that each domain loses without one of the heads: (domains, n)."""
+    def without(head):
+        with hook_gates(top, lambda name, w: F.normalize(w * (heads != head), p=1, dim=-1)):
+            return by_domain(accuracy(logits_of(top, data), data), data.domain)
+    heads = torch.arange(top.block.o_proj.num_heads, device=data.domain.device)
+    return torch.stack([without(-1) - without(head) for head in heads], dim=1)
 
 
-def with_labels(model, world):
-    """The gates of a router of the same form and input that learns the domain from labels: the
-    estimate of what a router could know. name -> (count, LENGTH, domains)"""
-    seen, gates = {}, {}
-    tokens, domain = world.corpus.sample(1000, "calibration", world.corpus.new)
-    with contextlib.ExitStack() as hooks:
-        for name, layer in hydralora_layers(model).items():
-            hooks.enter_context(layer.register_forward_pre_hook(
-                lambda layer, inputs, name=name: seen.update({name: inputs[0][:, CIPHERED].cpu()})))
-        logits_of(model, torch.cat([tokens, world.tokens]))
-    for name, x in seen.items():                                            # (count, LENGTH, k)
-        router = Router(x.shape[-1], world.domains)
-        optimizer = torch.optim.LBFGS(
-            router.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-        def loss():
-            optimizer.zero_grad()
-            logits = F.linear(x[:len(tokens)], router.weight).flatten(0, 1)
-            loss = F.cross_entropy(logits, domain.repeat_interleave(LENGTH))
-            loss.backward()
-            return loss
-        optimizer.step(loss)
-        gates[name] = router(x[len(tokens):]).detach()
-    return gates
+def specialisation(top, world):
+    """Whether the heads go by domain, and the controls for that."""
+    test, training, domain = world.test, world.training, world.test.domain
+    w = gates_of(top, test)                                                 # (count, LENGTH, n)
+    # A router that sorts symbols and knows nothing else: w averaged over tokens of one symbol.
+    plain = test.tokens[:, :LENGTH]
+    which = F.one_hot(plain, SYMBOLS).to(w)                            # (count, LENGTH, symbols)
+    by_symbol = torch.einsum("cls,cln->sn", which, w) / which.sum((0, 1))[:, None]
+    probe = nn.Linear(MODEL.hidden_size, DOMAINS, bias=False).to(world.device)  # told the labels
+    train(probe, [training.x], training.domain[:, None].expand(-1, LENGTH), 1e-2, "labelled router")
+    untrained = gates_of(adapt(world.top, world.seed, w.shape[-1], RANK), test)
+    scores = {"router": nmi(w, domain), "symbol alone": nmi(by_symbol[plain], domain),
+              "untrained": nmi(untrained, domain), "shuffled labels": nmi(w, domain.roll(1)),
+              "learnt from labels": nmi(probe(test.x).softmax(-1), domain)}
+    return dict(layers={"last o_proj": scores}, gates=by_domain(w.mean(1), domain).tolist(),
+                lost=knock_out(top, test).tolist())
 
 
-def knock_out(model, where, world):
-    """Points of accuracy that each domain loses without one head of a layer: (domains, n)."""
-    def by_domain_without(head):
-        def rest(name, w):
-            if name == where:
-                w = w * (torch.arange(w.shape[-1], device=w.device) != head)
-                return w / w.sum(-1, keepdim=True).clamp_min(1e-9)
-        with hook_gates(model, rest):
-            return means(accuracy(logits_of(model, world.tokens), world.tokens), world.domain)
-    before = by_domain_without(None)
-    lost = [[a - b for a, b in zip(before, by_domain_without(head))]
-            for head in range(hydralora_layers(model)[where].num_heads)]
-    return [list(row) for row in zip(*lost)]
-
-
-def cosine(matrices):
-    """Mean cosine of two different matrices out of (n, ...)."""
-    rows = F.normalize(matrices.detach().flatten(1), dim=1)                 # (n, entries)
-    n = len(rows)
-    return (((rows @ rows.T).sum().item() - n) / (n * (n - 1))) if n > 1 else 1.0
-
-
-def specialisation(model, world):
-    """Whether and where the heads go by domain, and the controls for that."""
-    gates, probes = gates_of(model, world.tokens), with_labels(model, world)
-    n = next(iter(gates.values())).shape[-1]
-    untrained = gates_of(adapt(world.model, world.seed, n=n), world.tokens)
-    shuffled = world.domain[torch.randperm(EVALUATION, generator=stream(world.seed, "test labels"))]
-    layers = {name: {
-        "router": nmi(w, world.domain),
-        "symbol alone": nmi(of_symbol_alone(w, world.tokens[:, :LENGTH]), world.domain),
-        "untrained": nmi(untrained[name], world.domain),
-        "shuffled labels": nmi(w, shuffled),
-        "learnt from labels": nmi(probes[name], world.domain),
-        "cosine of two heads": cosine(hydralora_layers(model)[name].lora_B)}
-        for name, w in gates.items()}
-    best = max(layers, key=lambda name: layers[name]["router"] - layers[name]["symbol alone"])
-    return dict(layers=layers, best=best, gates=by_domain(gates[best], world.domain).tolist(),
-                lost=knock_out(model, best, world))
-
-
-# ---- Merging ---------------------------------------------------------------------------------
-
-
-def merged(model, gates, tokens):
-    """Logits with the adapters merged for these gates; the model comes back as it was."""
-    layers = merge_hydralora(model, gates)
-    logits = logits_of(model, tokens)
-    unmerge_hydralora(model, layers)
-    return logits
-
-
-def merging(model, world):
+def merging(top, world):
     """What merging costs: way to merge -> accuracy, and relative error of the logits."""
-    tokens, domain = world.corpus.sample(1000, "calibration", world.corpus.new)
-    mask = torch.zeros(len(tokens), 2 * LENGTH)
-    mask[:, CIPHERED] = 1                                                   # these tokens count
+    def merged(gates):
+        layers = merge_hydralora(top, gates)
+        logits = logits_of(top, test)
+        unmerge_hydralora(top, layers)
+        return logits
 
-    def mean_over(chosen):
-        return mean_gates(model, [tokens[chosen, :-1].to(world.device)], [mask[chosen]])
-
-    mean, ways = mean_over(domain >= 0), {"routed": logits_of(model, world.tokens)}
-    ways["mean gates"] = merged(model, mean, world.tokens)
-    ways["equal gates"] = merged(
-        model, {name: torch.full_like(w, 1 / len(w)) for name, w in mean.items()}, world.tokens)
-    ways["each domain's mean"] = torch.empty_like(ways["routed"])
-    for t in range(world.domains):
-        own = world.domain == t
-        ways["each domain's mean"][own] = merged(model, mean_over(domain == t), world.tokens[own])
-    with hook_gates(model, lambda name, w: mean[name].expand_as(w)):
-        held = logits_of(model, world.tokens)       # not merged, but every router held at its mean
-    error = lambda y, expected: ((y - expected).norm() / expected.norm()).item()
-    return dict(accuracy={way: accuracy(y, world.tokens).mean().item() for way, y in ways.items()},
-                error={way: error(y, ways["routed"]) for way, y in ways.items()},
-                error_if_held=error(ways["mean gates"], held))
+    test, n = world.test, top.block.o_proj.num_heads
+    x, h, domain = (getattr(world.training, name)[:1000] for name in ("x", "h", "domain"))
+    mean_over = lambda chosen: mean_gates(top, [dict(x=x[chosen], h=h[chosen])])
+    own = torch.stack([merged(mean_over(domain == t)) for t in range(DOMAINS)])
+    ways = {"routed": logits_of(top, test), "mean gates": merged(mean_over(domain >= 0)),
+            "equal gates": merged(torch.ones(n) / n),
+            "its domain's mean": own[test.domain, torch.arange(EVALUATION)]}
+    error = lambda y: ((y - ways["routed"]).norm() / ways["routed"].norm()).item()
+    return dict(accuracy={way: accuracy(y, test).mean().item() for way, y in ways.items()},
+                error={way: error(y) for way, y in ways.items()})
 
 
 # ---- The main run ----------------------------------------------------------------------------
-
-# --check: HydraLoRA is ahead of the LoRA, and in one layer the NMI of domain and head
-MIN_NMI = 0.2               # is at least this
-MIN_NMI_OVER_SYMBOL = 0.1   # and exceeds by this the NMI of a router that only sorts symbols,
-MAX_NMI_SHUFFLED = 0.02     # while with shuffled labels no layer is above this
+# --check: HydraLoRA is ahead of the LoRA of its size, and the heads specialise: the NMI is half of
+# the best, well above that of a router that sorts symbols, and nothing for shuffled labels.
+MIN_NMI, MIN_NMI_OVER_SYMBOL, MAX_NMI_SHUFFLED = 0.5, 0.2, 0.02
 
 
 def measure(seed, heads, device):
     """Everything that the main run measures, as a dict; --json writes it."""
-    world = World(seed, DOMAINS, device)
-    found, sse = num_heads_from_corpus(world.train_tokens.flatten(0, 1)[:600].tolist())
-    models, results = {}, {}
-    for name, method in methods(heads or found).items():
-        models[name], results[name] = fine_tune(world, name, **method)
-    model = models["HydraLoRA"]
-    special, bayes = specialisation(model, world), 100 * world.corpus.bayes_accuracy(world.tokens)
-    lora, hydra = results["LoRA, same size"]["accuracy"], results["HydraLoRA"]["accuracy"]
-    layers = special["layers"].values()
-    best = special["layers"][special["best"]]
-    specialised = (best["router"] >= max(MIN_NMI, best["symbol alone"] + MIN_NMI_OVER_SYMBOL)
-                   and max(layer["shuffled labels"] for layer in layers) <= MAX_NMI_SHUFFLED)
-    return dict(
-        seed=seed, device=device, heads_found=found, num_heads=heads or found, sse=sse,
-        frozen=accuracy(logits_of(world.model, world.tokens), world.tokens).mean().item(),
-        bayes=bayes, methods=results, gain=hydra - lora, closed=(hydra - lora) / (bayes - lora),
-        specialisation=special, nmi=best["router"], merging=merging(model, world),
-        specialised=specialised, passed=specialised and hydra > lora)
+    world, tops, results = World(seed, device), {}, {}
+    found, sse = num_heads_from_corpus(world.training.tokens[:600].tolist())
+    for name, method in list(methods(heads or found).items())[:5]:
+        tops[name], results[name] = fine_tune(world, name, **method)
+    special, merge = (f(tops["HydraLoRA"], world) for f in (specialisation, merging))
+    nmis = special["layers"]["last o_proj"]
+    gain = results["HydraLoRA"]["accuracy"] - results["LoRA, same size"]["accuracy"]
+    specialised = (nmis["router"] >= max(MIN_NMI, nmis["symbol alone"] + MIN_NMI_OVER_SYMBOL)
+                   and nmis["shuffled labels"] <= MAX_NMI_SHUFFLED)
+    return dict(seed=seed, device=device, heads_found=found, num_heads=heads or found, sse=sse,
+                frozen=accuracy(logits_of(world.top, world.test), world.test).mean().item(),
+                bayes=world.bayes_accuracy(world.test.tokens.cpu()), methods=results,
+                gain=gain, specialisation=special, merging=merge,
+                specialised=specialised, passed=specialised and gain > 0)
 
 
 def table(header, rows):
@@ -457,369 +326,175 @@ def table(header, rows):
 
 
 def show(m):
-    """The main run's measurements as a story in four sections."""
-    special, merge, two = m["specialisation"], m["merging"], "{:.2f}".format
-    heads = [f"head {i}" for i in range(m["num_heads"])]
-    print(f"HydraLoRA on {DOMAINS} hidden domains: seed {m['seed']}, {m['device']}, o_proj\n\n"
+    """The main run's measurements in four sections."""
+    two, special, merge = "{:.2f}".format, m["specialisation"], m["merging"]
+    domains, heads = ([f"{what} {i}" for i in range(count)]
+                      for what, count in (("domain", DOMAINS), ("head", m["num_heads"])))
+    print(f"HydraLoRA on {DOMAINS} hidden domains: seed {m['seed']}, {m['device']}\n\n"
           f"1. How many heads? k-means on 600 sequences, no labels: n = {m['heads_found']}; "
           f"used: {m['num_heads']}\n   SSE of 1, 2, ... centres:", *map(round, m["sse"]))
     print("\n2. Accuracy on the enciphered symbols after fine-tuning on new ciphers, in percent\n")
-    table(["method", "size", "accuracy", *(f"domain {t}" for t in range(DOMAINS))], [
+    table(["method", "parameters", "accuracy", *domains], [
         [name, f"{r['size']:,}", two(r["accuracy"]), *map(two, r["by_domain"])]
         for name, r in m["methods"].items()])
-    print(f"   Without adapter {m['frozen']:.2f}; limit without labels (Bayes) {m['bayes']:.2f}:\n"
-          f"   HydraLoRA goes {m['closed']:.0%} of the way there from the LoRA of its size.\n\n"
+    print(f"   Without adapter {m['frozen']:.2f}; limit without labels (Bayes) {m['bayes']:.2f}\n\n"
           "3. Do the heads specialise? NMI of domain and head: 0, not at all; 1, a head each\n")
-    columns = list(next(iter(special["layers"].values())))
-    table(["layer", *columns], [[name, *(f"{layer[column]:.3f}" for column in columns)]
-                                for name, layer in special["layers"].items()])
-    print(f"   Mean gates in {special['best']}\n")
-    table(["", *heads], [[f"domain {t}", *(f"{w:.2f} {'#' * round(10 * w)}" for w in row)]
-                         for t, row in enumerate(special["gates"])])
-    print("   Points of accuracy lost without a head\n")
-    table(["", *heads], [[f"domain {t}", *map(two, row)] for t, row in enumerate(special["lost"])])
-    print("4. Merged into plain linear layers, for fixed gates\n")
+    scores = special["layers"]["last o_proj"]
+    table(list(scores), [[f"{score:.3f}" for score in scores.values()]])
+    table(["mean gates", *heads], [[domain, *(f"{w:.2f} {'#' * round(10 * w)}" for w in row)]
+                                   for domain, row in zip(domains, special["gates"])])
+    table(["points lost without", *heads], [
+        [domain, *map(two, row)] for domain, row in zip(domains, special["lost"])])
+    print("4. Merged into one plain linear layer, for fixed gates\n")
     table(["gates", "accuracy", "error of the logits"], [
         [way, two(a), f"{merge['error'][way]:.3f}"] for way, a in merge["accuracy"].items()])
-    print(f"   Exact for fixed gates: {merge['error_if_held']:.0e} from routers held at the mean\n")
-    print(f"The heads {'specialise' if m['specialised'] else 'do NOT specialise'}: NMI "
-          f"{m['nmi']:.2f} in {special['best']}. HydraLoRA is {m['gain']:+.2f} points from LoRA.")
+    print(f"The heads {'specialise' if m['specialised'] else 'do NOT specialise'}. "
+          f"HydraLoRA is {m['gain']:+.2f} points from the LoRA of its size.")
 
 
-# ---- --paper and --tune: many methods, many seeds --------------------------------------------
-
-GRID = (1e-2, 2e-2, 4e-2, 8e-2, 16e-2, 32e-2)           # of learning rates
-TUNING_SEEDS, REPORTED_SEEDS = range(5), range(5, 10)   # no seed is both
-
-
-def all_methods():
-    """The main run's methods and those that --paper compares them with."""
-    lora, hydra, whole = dict(n=1, gates="equal"), dict(n=DOMAINS), dict(n=DOMAINS, whole=True)
-    true, three = dict(gates="label", purity=1), dict(domains=3, n=3)
-    split, same = dict(whole, gates="label", paper="-"), methods()
-    gated = dict(hydra, gates="label", paper="-")
-    of_size = same["LoRA, same size"] | dict(paper=None)
-    qv, mlp = dict(targets=("q_proj", "v_proj")), dict(targets=("up_proj", "down_proj"))
-    return same | {
-        "LoRA r=8 (w/o MoE)": dict(lora, lr=4e-2, paper="+4.00 MMLU, Table 2 and Figure 6"),
-        "LoRA r=32": dict(lora, r=32, lr=2e-2, paper="+0.63 MMLU, Table 2"),
-        "equal gates (w/o gate)": dict(hydra, gates="equal", lr=4e-2, paper="+4.41 MMLU, Figure 6"),
-        "whole LoRAs + router, r=8": dict(whole, lr=4e-2, paper="+1.2 BBH, LoRA MoE in Table 3"),
-        "router on A x": dict(hydra, router_input="Ax", lr=4e-2, paper="-"),
-        "HydraLoRA, true gate": dict(gated, purity=1, lr=32e-2),
-        "HydraLoRA, data set as gate, 90% pure": dict(gated, purity=0.9, lr=16e-2),
-        "LoRA-Split by domain, r=6": dict(split, purity=1, r=6, lr=32e-2),
-        "LoRA-Split by data set, 90% pure": dict(split, purity=0.9, lr=8e-2),
-        "LoRA-Split by chance": dict(split, purity=0, lr=4e-2),
-        "LoRA-Split by domain, from one A": dict(whole, **true, one_A=True, lr=32e-2),
-        "LoRA-Split by chance, from one A": dict(
-            whole, gates="label", purity=0, one_A=True, lr=4e-2),
-        "whole LoRAs, true gate, same size": dict(whole, **true, r=5, lr=8e-2),
-        "HydraLoRA n=2": dict(n=2, lr=4e-2),
-        "HydraLoRA n=3": dict(n=3, lr=4e-2),
-        "HydraLoRA n=8": dict(n=8, lr=2e-2),
-        "HydraLoRA on q,v": dict(hydra, **qv, lr=2e-2),
-        "LoRA, same size on q,v": of_size | dict(**qv, lr=2e-2),
-        "HydraLoRA on up,down": dict(hydra, **mlp, lr=1e-2),
-        "LoRA, same size on up,down": of_size | dict(**mlp, lr=2e-2),
-        "HydraLoRA r=3 of 3 domains": dict(three, r=3, lr=8e-2),
-        "HydraLoRA r=6 of 3 domains": dict(three, r=6, lr=4e-2),
-        "whole LoRAs r=2 of 3 domains": dict(three, whole=True, r=2, lr=4e-2),
-        "whole LoRAs r=4 of 3 domains": dict(three, whole=True, r=4, lr=4e-2),
-        "HydraLoRA r=3 of 3 domains, true gate": dict(three, **true, r=3, lr=32e-2),
-        "HydraLoRA r=6 of 3 domains, true gate": dict(three, **true, r=6, lr=32e-2),
-        "whole LoRAs r=2 of 3 domains, true gate": dict(three, **true, whole=True, r=2, lr=8e-2),
-        "whole LoRAs r=4 of 3 domains, true gate": dict(three, **true, whole=True, r=4, lr=16e-2),
-    }
+# ---- --paper and --tune: all methods on several seeds ----------------------------------------
+TUNING_SEEDS, REPORTED_SEEDS = range(5), range(20, 30)      # no seed is both
+GRID = 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56             # of learning rates
 
 
-def run(world, name, lr):
-    """One method -> what was measured; with lr=None the table's."""
-    method = all_methods()[name] | ({} if lr is None else dict(lr=lr))
-    model, result = fine_tune(world, name, **method)
-    layers = hydralora_layers(model).values()
-    if name.startswith("LoRA-Split"):
-        result["cosine of A"] = statistics.mean(
-            cosine(m.lora_A.unflatten(0, (m.num_heads, -1))) for m in layers)
-        result["cosine of B"] = statistics.mean(cosine(m.lora_B) for m in layers)
-    if name.startswith("HydraLoRA") and method.get("gates") is None:
-        result["nmi"] = max(nmi(w, world.domain) for w in gates_of(model, world.tokens).values())
-    if name == "HydraLoRA" and lr is None:
-        result["merged"] = merging(model, world)["accuracy"]
-    return result
+def one_seed(seed, device, grid):
+    """All methods at each learning rate of the grid or, without one, at their own."""
+    world, results = World(seed, device), {}
+    for name, method in methods().items():
+        for lr in grid or [method["lr"]]:
+            top, result = fine_tune(world, name, **method | dict(lr=lr))
+            results.setdefault(name, []).append(result)
+        if name == "HydraLoRA":
+            result["nmi"] = nmi(gates_of(top, world.test), world.test.domain)
+            result["merged"] = merging(top, world)["accuracy"]["mean gates"]
+        if name == "LoRA-Split by true domain":
+            layer = top.block.o_proj
+            result["cosines of A and B"] = [    # of a domain's and the next one's
+                F.cosine_similarity(m.flatten(1), m.flatten(1).roll(1, 0)).mean().item()
+                for m in (layer.lora_A.unflatten(0, (DOMAINS, -1)), layer.lora_B)]
+    return results
 
 
-def run_world(jobs):
-    """job -> result, for jobs that share a World: one seed, one number of domains."""
-    seed, name, _, device = jobs[0]
-    world = World(seed, all_methods()[name].get("domains", DOMAINS), device)
-    return {job: run(world, *job[1:3]) for job in jobs}
-
-
-def start_worker():
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches the parent, which ends all
-
-
-def run_all(seeds, names, lrs, device):
-    """name -> for each seed a list with one result for each lr; in as many processes as cores."""
-    worlds, results = {}, {}
-    for job in itertools.product(seeds, names, lrs, [device]):
-        domains = all_methods()[job[1]].get("domains", DOMAINS)
-        worlds.setdefault((job[0], domains), []).append(job)
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), start_worker) as pool:
-        for done in pool.imap(run_world, sorted(worlds.values(), key=len, reverse=True)):
-            results |= done
-    return {name: [[results[seed, name, lr, device] for lr in lrs] for seed in seeds]
-            for name in names}
+def all_seeds(seeds, device, grid=None):
+    """one_seed's results, from as many processes as cores; Ctrl-C is for their parent alone."""
+    with multiprocessing.get_context("spawn").Pool(
+            os.cpu_count(), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        return pool.starmap(one_seed, [(seed, device, grid) for seed in seeds], chunksize=1)
 
 
 def tune(device):
-    """name -> mean accuracy at each learning rate, over the tuning seeds."""
-    got = run_all(TUNING_SEEDS, all_methods(), GRID, device)
-    mean = lambda results: statistics.mean(result["accuracy"] for result in results)
-    return {name: list(map(mean, zip(*rows))) for name, rows in got.items()}
+    seeds = all_seeds(TUNING_SEEDS, device, GRID)
+    return [dict(method=name) | {f"lr {lr}": round(statistics.mean(
+        seed[name][i]["accuracy"] for seed in seeds), 2) for i, lr in enumerate(GRID)}
+        for name in methods()]
 
 
-def show_tune(means):
-    print(f"Mean accuracy over seeds {', '.join(map(str, TUNING_SEEDS))}, by learning rate\n")
-    table(["method", *GRID], [
-        [name, *(f"**{a:.2f}**" if a == max(row) else f"{a:.2f}" for a in row)]
-        for name, row in means.items()])
-
-
-SHARING = [(f"3 domains, r={r} against {of_whole}{gate or ', router'}",
-            f"HydraLoRA r={r} of 3 domains{gate}", f"whole LoRAs r={of_whole} of 3 domains{gate}")
-           for r, of_whole in ((3, 2), (6, 4)) for gate in (", true gate", "")] + [
-    ("4 domains, r=8 against 5, true gate",
-     "HydraLoRA, true gate", "whole LoRAs, true gate, same size"),
-    ("4 domains, r=8 against 5, router", "HydraLoRA", "whole LoRAs + router, same size")]
-
-
-def paper(device):
-    got = run_all(REPORTED_SEEDS, all_methods(), [None], device)
-    corpora = [Corpus(seed, DOMAINS) for seed in range(10)]
-    samples = [c.sample(600, "training", c.new)[0].tolist() for c in corpora]
-    return dict(runs={name: [row[0] for row in rows] for name, rows in got.items()},
-                heads_found=[num_heads_from_corpus(sample)[0] for sample in samples])
-
-
-def spread(values):
-    mean, deviation = statistics.mean(values), statistics.stdev(values)
-    return f"{mean:.2f} +- {deviation:.2f}".replace("-0.00", "0.00")
-
-
-def show_paper(measured):
+def show_paper(seeds):
     """Markdown, as it stands in README.md."""
-    def of(name, key="accuracy"):
-        return [result[key] for result in measured["runs"][name]]
-
-    def ahead(name, opponent):
-        return [a - b for a, b in zip(of(name), of(opponent))]      # of one seed each
-
-    def cells(name, opponent):
-        differences = ahead(name, opponent)
-        return [spread(of(opponent)), spread(differences),
-                f"{sum(d > 0 for d in differences)} of {len(differences)}"]
-
-    def points(differences):
-        return f"{statistics.mean(differences):+.2f}"
-
-    ways = of("HydraLoRA", "merged")
-    router = ahead("HydraLoRA", "LoRA, same size")
-    labels = ahead("HydraLoRA", "HydraLoRA, true gate")
-    print(f"**Points of accuracy: a router instead of one LoRA, same size, {points(router)}; one "
-          f"shared A instead of whole LoRAs, same size, {points(ahead(*SHARING[1][1:]))} at rank 3 "
-          f"and {points(ahead(*SHARING[5][1:]))} at rank 8; the router instead of true labels "
-          f"{points(labels)}; one static weight instead of the router "
-          f"{points([m['mean gates'] - m['routed'] for m in ways])}.**")
-    print(f"\nHydraLoRA r={RANK}, n={DOMAINS}, {of('HydraLoRA', 'size')[0]:,} parameters: "
-          f"{spread(of('HydraLoRA'))} percent, against\n")
-    opponents = {name: m["paper"] for name, m in all_methods().items() if m.get("paper")}
-    table(["opponent", "size", "accuracy", "HydraLoRA ahead by", "seeds ahead", "in the paper"], [
-        [name, f"{of(name, 'size')[0]:,}", *cells("HydraLoRA", name), opponents[name]]
-        for name in sorted(opponents, key=lambda name: statistics.mean(of(name)))])
-    table(["sharing A at exactly equal size", "shared A", "whole LoRAs", "ahead by", "seeds ahead"],
-          [[what, spread(of(shared)), *cells(shared, whole)] for what, shared, whole in SHARING])
-    apart = {"on domains, from one A": "LoRA-Split by domain, from one A",
-             "on parts by chance, from one A": "LoRA-Split by chance, from one A",
-             "on domains, from an A each": "LoRA-Split by domain, r=8",
-             "on parts by chance, from an A each": "LoRA-Split by chance"}
-    print("- Observation II, cosine of two A and of two B of LoRAs trained apart:", "; ".join(
-        f"{what} {spread(of(name, 'cosine of A'))} and {spread(of(name, 'cosine of B'))}"
-        for what, name in apart.items()))
-    places = []
-    for place, on in (("o", ""), ("q,v", " on q,v"), ("up,down", " on up,down")):
-        _, difference, seeds = cells("HydraLoRA" + on, "LoRA, same size" + on)
-        places += [f"on {place} {difference}, {seeds}, {spread(of('HydraLoRA' + on, 'nmi'))}"]
-    print("- Ahead of LoRA, same size, seeds ahead, NMI of the best layer:", "; ".join(places))
-    heads = {2: "HydraLoRA n=2", 3: "HydraLoRA n=3", 4: "HydraLoRA", 8: "HydraLoRA n=8"}
-    llama = "; ".join(f"N={n} {percent_of_llama(n, router=False):.3f}, with the router "
-                      f"{percent_of_llama(n, router=True):.3f}" for n in (3, 10))
-    print("- Figure 8, heads:", "; ".join(f"n={n} {spread(of(name))}" for n, name in heads.items()))
-    print(f"- Figure 7, n from k-means for {DOMAINS} domains, 10 seeds:", *measured["heads_found"])
-    print("- Merged:", "; ".join(f"{way} {spread([m[way] for m in ways])}" for way in ways[0]))
-    print(f"- %Param of LLaMA2-7B, r=8: {llama}; paper: 0.124 and, from a rounded 0.062, 0.341")
-
-
-def percent_of_llama(n, router):
-    """%Param of Tables 2 and 3: two 4096 x 4096 projections in each of 32 layers, r = 8."""
-    m = HydraLoRALinear(nn.Linear(4096, 4096, bias=False, device="meta"), r=8, num_heads=n)
-    one = m.lora_A.numel() + m.lora_B.numel() + router * m.router.weight.numel()
-    return 100 * 64 * one / 6_738_415_616
+    of = lambda name, key="accuracy": [seed[name][0][key] for seed in seeds]
+    spread = lambda v, sign="": f"{statistics.mean(v):{sign}.2f} +- {statistics.stdev(v):.2f}"
+    rows, split, hydra = [], "LoRA-Split by true domain", "HydraLoRA"
+    for name, method in methods().items():
+        if "paper" in method:
+            ours = method.get("ours", hydra)
+            ahead = [a - b for a, b in zip(of(ours), of(name))]             # of one seed each
+            rows.append([name, f"{of(name, 'size')[0]:,}", spread(of(name)),
+                         f"{ours}, {of(ours, 'size')[0]:,}", spread(ahead, "+"),
+                         f"{sum(a > 0 for a in ahead)} of {len(ahead)}", method["paper"]])
+    table(["opponent", "parameters", "accuracy", "HydraLoRA", "is ahead by", "seeds ahead",
+           "in the paper"], rows)
+    print(f"- HydraLoRA {spread(of(hydra))}; merged for mean gates {spread(of(hydra, 'merged'))}")
+    print("- NMI of domain and head, sorted:", *(f"{v:.2f}" for v in sorted(of(hydra, "nmi"))))
+    print(f"- Observation I: {split} {spread(of(split))}, one LoRA {spread(of('LoRA, same size'))}")
+    print("- Observation II, cosine of two A and of two B of that LoRA-Split, all from one A:",
+          " and ".join(map(spread, zip(*of(split, "cosines of A and B")))))
 
 
 # ---- --cost ----------------------------------------------------------------------------------
-
-
-def official_loop(x, W0, A, B, Wg, scaling):
-    """The official code's way, from its description: A x and a (tokens, d) result for each head."""
-    w = F.linear(x, Wg).softmax(-1)
-    y = F.linear(x, W0)
-    for i in range(len(B)):
-        y = y + w[..., i, None] * F.linear(F.linear(x, A), B[i]) * scaling
-    return y
-
-
-def lora(x, W0, A, B, scaling):
-    return F.linear(x, W0) + F.linear(F.linear(x, A) * scaling, B)
-
-
 def saved_bytes(function, inputs):
     """Bytes that autograd keeps for backward, without the inputs themselves."""
-    known, kept = {t.untyped_storage().data_ptr() for t in inputs}, {}
-
-    def pack(t):
-        if t.untyped_storage().data_ptr() not in known:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
+    kept, storage = {}, lambda t: t.untyped_storage().data_ptr()
+    pack = lambda t: (kept.update({storage(t): t.untyped_storage().nbytes()}), t)[1]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         function()
-    return sum(kept.values())
+    return sum(kept.values()) - sum(kept.get(storage(t), 0) for t in inputs)
 
 
-def cost(device, rounds=25, warm_up=5):
-    """Forward and backward, gradients for x and the adapter, float32. Each round takes another
-    order, since a function's time depends on the memory that the one before it leaves behind."""
-    rows = []
-    for tokens, width, r, n in ((2048, 1024, 8, 3), (2048, 1024, 8, 10), (512, 4096, 8, 3)):
-        torch.manual_seed(0)
-        linear = nn.Linear(width, width, bias=False, device=device)
-        layer = HydraLoRALinear(linear, num_heads=n, r=r)
-        make = lambda *shape: torch.randn(*shape, device=device, requires_grad=True)
-        x, grad, A1, B1 = (make(*shape) for shape in (
-            (tokens, width), (tokens, width), (n * r, width), (width, n * r)))
-        W0, A, B, Wg, scaling = (layer.weight, layer.lora_A, layer.lora_B, layer.router.weight,
-                                 layer.scaling)
-        inputs = (x, W0, A, B, Wg, A1, B1)
-        functions = dict(lora=lambda: lora(x, W0, A1, B1, scaling), hydralora=lambda: layer(x),
-                         loop=lambda: official_loop(x, W0, A, B, Wg, scaling))
-        times, order = {name: [] for name in functions}, random.Random(0)
-        for _ in range(warm_up + rounds):
-            for name in order.sample(list(functions), len(functions)):
-                for tensor in inputs:
-                    tensor.grad = None
+def cost(device, sizes=((2048, 1024, 8, 3), (2048, 1024, 8, 10), (512, 4096, 8, 3)), rounds=25):
+    """Medians of forward and backward, in another order each round, since a time depends on the
+    memory that the one before leaves behind; and bytes kept for backward, beside inputs and
+    weights. Their bound is A x, w, their product and one copy of the heads."""
+    rows, chance = [], torch.Generator().manual_seed(0)
+    for tokens, width, r, n in sizes:
+        layer = HydraLoRALinear(nn.Linear(width, width, bias=False), num_heads=n, r=r).to(device)
+        x, A1, B1 = (torch.randn(*shape, device=device, requires_grad=True)
+                     for shape in ((tokens, width), (n * r, width), (width, n * r)))
+        A, B, s = layer.lora_A, layer.lora_B, layer.scaling
+
+        def loop():     # the official code's way: A x and a (tokens, width) result for each head
+            y, w = layer.base(x), layer.router(x)
+            return sum((w[..., i, None] * F.linear(F.linear(x, A), B[i]) * s for i in range(n)), y)
+        lora = lambda: layer.base(x) + F.linear(F.linear(x, A1) * s, B1)
+        ways, seconds = [lambda: layer(x), lora, loop], [[], [], []]
+        inputs = [x, A1, B1, *layer.parameters()]
+        for _ in range(5 + rounds):
+            for way in torch.randperm(3, generator=chance):
+                for t in inputs:
+                    t.grad = None
                 start = time.perf_counter()
-                functions[name]().backward(grad.detach())
+                ways[way]().backward(torch.ones_like(x))
                 if device != "cpu":
                     getattr(torch, device).synchronize()
-                times[name].append(time.perf_counter() - start)
-        rows.append(dict(
-            tokens=tokens, width=width, r=r, n=n,
-            seconds={name: statistics.median(t[warm_up:]) for name, t in times.items()},
-            saved_bytes={name: saved_bytes(f, inputs) for name, f in functions.items()},
-            bound_bytes=4 * (tokens * (r + n + n * r) + n * width * r)))
-    return dict(device=torch.cuda.get_device_name() if device == "cuda" else device,
-                threads=torch.get_num_threads(), rounds=rounds, rows=rows)
-
-
-def show_cost(m):
-    print(f"Forward and backward, {m['rounds']} rounds, {m['device']}, {m['threads']} threads\n")
-    rows = []
-    for row in m["rows"]:
-        time, kept = row["seconds"], row["saved_bytes"]
-        rows.append(["{tokens}, {width}, {r}, {n}".format(**row),
-                     *(f"{time['hydralora'] / time[other]:.2f}" for other in ("lora", "loop")),
-                     *(f"{kept[name] / 1e6:.2f}" for name in ("hydralora", "loop")),
-                     f"{kept['hydralora'] / row['bound_bytes']:.2f}"])
-    table(["tokens, width, r, n", "time / LoRA of rank n r", "time / loop", "MB kept",
-           "MB kept by the loop", "MB / bound"], rows)
-    print("Medians. loop: A x and a (tokens, width) result for each head, the official code's\n"
-          "way. MB kept: by autograd for backward, without inputs and weights. bound: A x, w,\n"
-          "their product and one copy of the heads.")
+                seconds[way].append(time.perf_counter() - start)
+        ours, of_lora, of_loop = (statistics.median(t[5:]) for t in seconds)
+        kept, _, kept_by_loop = (saved_bytes(way, inputs) for way in ways)
+        bound = 4 * (tokens * (r + n + n * r) + n * width * r)
+        rows.append({"tokens, width, r, n": f"{tokens}, {width}, {r}, {n}",
+                     "time / LoRA of rank n r": round(ours / of_lora, 3),
+                     "time / loop": round(ours / of_loop, 3),
+                     "bytes / loop": round(kept / kept_by_loop, 3),
+                     "bytes / bound": round(kept / bound, 3)})
+    return rows
 
 
 # ---- Options ---------------------------------------------------------------------------------
-
-
-def new_file(path):
-    """A path that can be written; nothing is written yet."""
-    try:
-        if os.path.isdir(path):
-            raise IsADirectoryError("is a folder")
-        tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))).close()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error}")
-    return path
-
-
-def number(least, below):
-    def read(text):
-        if not text.isdigit() or not least <= int(text) < below:
-            raise argparse.ArgumentTypeError(f"must be from {least} to {below - 1}, got {text}")
-        return int(text)
-    return read
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seed", type=number(0, 2**40), help="of the main run, 0 if not given")
-    parser.add_argument("--heads", type=number(1, 1000), help="n, not that found in the corpus")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--check", action="store_true",
-                        help="exit 1 unless the heads specialise and HydraLoRA is ahead")
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all that was measured")
-    mode = parser.add_mutually_exclusive_group()
-    for name in ("paper", "cost", "tune"):
-        mode.add_argument(f"--{name}", action="store_true", help="see above")
     parser.error = lambda message: parser.exit(2, f"train_toy.py: {message}\n")
+    modes = parser.add_mutually_exclusive_group()
+    for mode in ("paper", "cost", "tune"):
+        modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode)
+    parser.add_argument("--seed", type=int, help="of the main run, 0 if not given")
+    parser.add_argument("--heads", type=int, choices=range(1, 33), metavar="N", help="N itself")
+    parser.add_argument("--check", action="store_true", help="exit 1 unless the heads specialise")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", metavar="FILE", help="write all that was measured")
     options = parser.parse_args()
-    available = dict(
-        cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    device = options.device if options.device != "auto" else max(available, key=available.get)
-    if not available[device]:
-        parser.error(f"--device {device}: PyTorch finds none here")
-    if (options.paper or options.cost or options.tune) and (
-            options.check or (options.seed, options.heads) != (None, None)):
+    if options.mode and (options.check or (options.seed, options.heads) != (None, None)):
         parser.error("--seed, --heads and --check belong to the main run")
-
-    if not options.cost:
-        torch.set_num_threads(1)    # small tensors; and the result is the same on any machine
-    if options.tune:
-        result, display = tune(device), show_tune
-    elif options.paper:
-        result, display = paper(device), show_paper
-    elif options.cost:
-        result, display = cost(device), show_cost
-    else:
-        result, display = measure(options.seed or 0, options.heads, device), show
-    if options.json:
-        with open(options.json + ".part", "w") as file:
-            json.dump(result, file, indent=1)
-        os.replace(file.name, options.json)
+    try:                                # what would fail after training fails before it
+        torch.ones(1, device=options.device)
+        open(options.json or os.devnull, "a").close()
+    except Exception as error:
+        parser.error(str(error).splitlines()[0])
+    show_rows = lambda rows: table(rows[0], [row.values() for row in rows])
+    result, display = (
+        (cost(options.device), show_rows) if options.mode == "cost" else
+        (tune(options.device), show_rows) if options.mode == "tune" else
+        (all_seeds(REPORTED_SEEDS, options.device), show_paper) if options.mode == "paper" else
+        (measure(options.seed or 0, options.heads, options.device), show))
+    with open(options.json or os.devnull, "w") as file:
+        json.dump(result, file, indent=1)
     display(result)
-    return 1 if options.check and not result["passed"] else 0
+    print(end="", flush=True)
+    return int(options.check and not result["passed"])
 
 
 if __name__ == "__main__":
     try:
-        code = main()
-        print(end="", flush=True)
+        sys.exit(main())
     except KeyboardInterrupt:
-        code = 130
+        sys.exit(130)
     except BrokenPipeError:             # piped to head, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code)
