@@ -50,7 +50,7 @@ PRETRAIN_STEPS = 1200       # on the old ciphers, all weights
 STEPS = 600                 # on the new ciphers, the adapter only
 EVALUATION = 2000           # test sequences
 RANK = 24                   # r of HydraLoRA
-ROUTER_START = 0.01         # times Kaiming: the data and not the start decide what a head gets
+ROUTER_START = 0.003        # times Kaiming: the data and not the start decide what a head gets
 RATES = {"block.o_proj.lora_A": 0.3, "block.o_proj.router.weight": 4}   # times B's, which is lr
 PRETRAINING, TRAINING, TEST = range(3)  # uses of the corpus; all methods see the same samples
 
