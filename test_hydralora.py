@@ -22,7 +22,7 @@ float64 and not empty":
 and by the group, which is a choice of dtypes. All cases and all states run in each:
 
     float64     within 1e-10 of the equations
-    float32     within a few float32 roundings: TF32 is too coarse, so switch it off for the test
+    float32     within 2e-5 and what a plain loop rounds: TF32 (6e-4) is too coarse, switch it off
     bfloat16    within five times the rounding errors of a plain loop over the heads in bfloat16
     half        the same in float16
     mixed       x, W0, bias bfloat16 and A, B, Wg float32; A, B, Wg may be cast to bfloat16
@@ -75,7 +75,6 @@ from hydralora import (
 torch.set_num_threads(1)        # the tensors are small; more threads only get in each other's way
 HERE = Path(__file__).parent
 
-
 def read_settings(environment):
     """The function and the device that are asked for; one clear line ends the run if that fails."""
     asked = dict(HYDRALORA_IMPL="hydralora:hydralora_forward",
@@ -94,9 +93,7 @@ def read_settings(environment):
     except Exception as error:
         pytest.exit(f"{asked}: {type(error).__name__}: {error}", 2)
 
-
 NAME, IMPLEMENTATION, DEVICE = read_settings(os.environ)
-
 
 def has_products(dtype, device="cpu"):
     """The first releases of PyTorch 2 have no float16 product on a CPU."""
@@ -105,10 +102,8 @@ def has_products(dtype, device="cpu"):
     except RuntimeError:
         return False
 
-
 # ---- The equations, twice --------------------------------------------------------------------
 # The reference is NumPy and plain loops, and uses nothing from hydralora.py.
-
 
 def reference(x, W0, bias, A, B, Wg, scaling, grad_y):
     """Eqs. 3 and 4, and their derivatives by hand: y, and the gradients of sum(grad_y * y)."""
@@ -140,7 +135,6 @@ def reference(x, W0, bias, A, B, Wg, scaling, grad_y):
         grads["x"][token] += W0.T @ g
     return y, grads
 
-
 def loop(x, W0, bias, A, B, Wg, scaling):
     """The sum of Eq. 3 as it is printed, in torch: how much a dtype rounds, and in float64 the
     reference where the loops above are slow."""
@@ -150,12 +144,10 @@ def loop(x, W0, bias, A, B, Wg, scaling):
         y = y + (w[..., i, None] * F.linear(z, B[i]) * scaling).to(y.dtype)
     return y
 
-
 # ---- What is checked: the cases --------------------------------------------------------------
 
 INPUTS = ("x", "W0", "bias", "A", "B", "Wg")
 ALL, ADAPTER = " ".join(INPUTS), "x A B Wg"     # what needs a gradient; ADAPTER: a frozen base
-
 
 @dataclass(frozen=True)
 class Case:
@@ -187,7 +179,6 @@ class Case:
                 f"{self.logits:g}, gradients for {self.needs or 'nothing'}, layouts: "
                 f"{layouts or 'all contiguous'}")
 
-
 CHOSEN = {
     "plain": Case(),
     # shapes at which code turns elsewhere, or axes can be mistaken
@@ -200,9 +191,12 @@ CHOSEN = {
     "width-one": Case(k=1, d=1, r=1),
     "heads-odd": Case(lead=(2, 9), n=67, r=5, needs=ADAPTER),
     "thousands": Case(lead=(2, 2051), k=16, d=24, r=8, n=3, mean=1.0),  # sums far from 0
+    "grid-limit": Case(lead=(65540,), k=3, d=2, r=1, n=2, needs=ADAPTER),   # of CUDA: 65535
+    "one-for-all": Case(lead=(3, 5), layouts=(("x", "first"), ("grad_y", "each"))),
     "same-number": Case(layouts=(("grad_y", "number"),)),               # y.mean().backward()
     # values
     "zero-scaling": Case(scaling=0.0),
+    "small-scaling": Case(scaling=1 / 128),
     "large-scaling": Case(scaling=1e4),
     "heads-at-zero": Case(zero="B"),            # at the start of training
     "shared-at-zero": Case(zero="A"),
@@ -216,14 +210,8 @@ CHOSEN = {
 }
 TOO_LARGE_FOR_FLOAT16 = ("saturated", "large-scaling", "small-gradient", "large-x")
 
-
 def swapped(t, a, b):
     return t.transpose(a, b).contiguous().transpose(a, b)
-
-
-def backwards(t):
-    return t.permute(*reversed(range(t.dim())))
-
 
 GAP = 9999.0    # not nan: some of PyTorch's own products read gaps, and multiply them by 0
 LAYOUTS = {     # the axes that it takes, and how the numbers then lie
@@ -234,14 +222,14 @@ LAYOUTS = {     # the axes that it takes, and how the numbers then lie
     "swapped": (3, lambda t: swapped(t, 0, 1)),                     # x from (t, b, k)
     "gaps": (3, lambda t: F.pad(t, (0, 0, 0, 1), value=GAP)[..., :-1, :]),
     "inner": (4, lambda t: swapped(t, -3, -2)),                     # from (b, heads, t, k)
-    "reversed": (2, lambda t: backwards(backwards(t).contiguous())),
+    "reversed": (2, lambda t: t.permute(*range(t.dim())[::-1]).contiguous().permute(
+        *range(t.dim())[::-1])),
     # of x and grad_y alone
     "first": (2, lambda t: t[:1].expand_as(t)),                     # one x for all
     "each": (2, lambda t: t[:, :1].expand_as(t)),                   # one x for each sequence
     "number": (1, lambda t: t.flatten()[0].expand(t.shape)),
 }
 EXPANDED = ("first", "each", "number")
-
 
 def draw_case(number):
     """A case at random. Something is large, or of unequal kinds, in each, in turn."""
@@ -250,42 +238,40 @@ def draw_case(number):
     one_of = lambda *values: values[between(0, len(values) - 1)]
     often = lambda probability: rng.random() < probability
     whole = lambda: 64 * between(1, 3)                  # of tiles
-    odd = lambda: 2 * between(32, 100) + 1
+    odd = lambda: 2 * between(32, 130) + 1
     size = lambda: one_of(between(1, 40), between(1, 40), whole(), odd())
     sizes = dict(k=size(), d=size(), r=one_of(between(1, 24), 8, 16, 48), n=between(1, 8),
                  tokens=one_of(between(1, 30), whole(), odd()), axes=between(1, 5))
-    few, small = between(1, 8), dict(n=between(1, 4), r=between(1, 16), axes=between(2, 3))
+    few, small = between(3, 8), dict(n=between(1, 4), r=between(1, 16), axes=between(2, 3))
     sizes |= [
-        lambda: small | dict(k=whole(), d=whole(), tokens=odd()),
-        lambda: small | dict(k=odd(), d=odd(), tokens=whole()),
+        lambda: small | dict(k=whole(), d=whole(), tokens=odd(), axes=3),
+        lambda: small | dict(k=odd(), d=odd(), tokens=whole(), axes=3),
         lambda: dict(k=whole(), d=odd()),
         lambda: dict(k=odd(), d=whole()),
-        lambda: dict(r=32 * between(1, 2), d=sizes["k"]),
+        lambda: dict(r=32 * between(1, 4), d=sizes["k"]),
         lambda: dict(n=between(9, 36), d=between(1, 40)),
         lambda: dict(n=between(17, 36), r=64, d=between(1, 40), tokens=few),
         lambda: small | dict(k=between(8193, 14400), d=between(1, 12), tokens=few),
         lambda: small | dict(d=between(8193, 14400), k=between(1, 12), tokens=few, r=between(1, 4)),
-        lambda: small | dict(k=between(1, 12), d=between(1, 12), tokens=between(8193, 9999), axes=2),
+        lambda: small | dict(tokens=between(8193, 9999), k=few, d=few + 1, axes=2),
         lambda: dict(sequences=between(33, 80), k=between(1, 100), axes=3),
         lambda: dict(sequences=between(1, 80), axes=3, tokens=1),
     ][number % 12]()
     k, d, r, n, tokens, axes = (sizes[name] for name in ("k", "d", "r", "n", "tokens", "axes"))
-    if tokens * k * (d + n * r) > 5e6 or "sequences" in sizes:
+    if tokens * k * (d + n * r) > 8e6 or "sequences" in sizes:
         tokens = min(tokens, few)            # so that a call takes milliseconds
     lead = {1: (), 2: (tokens,), 3: (sizes.get("sequences", between(1, 3)), tokens)}.get(
         axes, (*(between(1, 3) for _ in range(axes - 2)), math.ceil(tokens / 4)))
-    layouts, disordered = {}, often(0.6)
-    for name, dims in dict(x=len(lead) + 1, W0=2, bias=1, A=2, B=3, Wg=2,
-                           grad_y=len(lead) + 1).items():
+    layouts, share = {}, one_of(0, 0.5, 0.5)
+    for name, dims in dict(W0=2, bias=1, A=2, B=3, Wg=2, x=axes, grad_y=axes).items():
         fitting = [layout for layout, (least, _) in LAYOUTS.items()
-                   if least <= dims and (layout not in EXPANDED or name in ("x", "grad_y"))]
-        if disordered and often(0.5):
+                   if least <= dims and (layout not in EXPANDED or name == "grad_y")]
+        if often(share):
             layouts[name] = one_of(*fitting)
     some = " ".join(name for name in INPUTS if often(0.5))
     return Case(lead, k, d, r, n, bias=often(0.7), scaling=one_of(2, 0.5, *rng.normal(size=3)),
-                logits=one_of(0.5, 1.0, 1.0, 4.0), needs=one_of(ALL, ADAPTER, ADAPTER, some),
+                logits=one_of(0.5, 1.0, 1.0, 2.0), needs=one_of(ALL, ADAPTER, ADAPTER, some),
                 layouts=tuple(layouts.items()), seed=number)
-
 
 DRAWN = {f"drawn-{number:02}": draw_case(number) for number in range(60)}
 CASES = CHOSEN | DRAWN
@@ -304,7 +290,6 @@ GROUPS = {  # word for -k: the dtypes of x; of W0 and bias; of A, B and Wg; and 
     "autonorm": Group(torch.float32, torch.bfloat16, torch.float32, torch.bfloat16),
 }
 
-
 @functools.lru_cache(maxsize=32)
 def numbers(case):
     """The tensors of a case, as NumPy arrays in float64."""
@@ -318,7 +303,6 @@ def numbers(case):
     if c.zero:
         arrays.get(c.zero, arrays["x"][:1, :1])[...] = 0
     return arrays | ({} if c.bias else {"bias": None})
-
 
 class Problem:
     """A case in a group: its tensors, what the equations give, and how far off one may be."""
@@ -350,10 +334,8 @@ class Problem:
     expected = property(lambda self: solution(self.key, self.dtypes))
     allowed = property(lambda self: tolerance(self.key, self.group))
 
-
 def named(y, grads):
     return {"y": y} | {f"gradient of {name}": g for name, g in grads.items()}
-
 
 @functools.lru_cache(maxsize=None)
 def solution(case, dtypes, slow=None):
@@ -371,31 +353,29 @@ def solution(case, dtypes, slow=None):
     y.backward(t["grad_y"])
     return named(y.detach(), {name: v.grad for name, v in leaves.items()})
 
-
 # ---- What is allowed -------------------------------------------------------------------------
-
 
 @functools.lru_cache(maxsize=None)
 def tolerance(case, group):
     """quantity -> the largest errors, as `errors` gives them.
 
-    1e-10 in float64; else 5 times those of the plain loop in the same dtypes, at least 3 roundings
-    of that dtype, and 4e-6. Why 5: m partial sums that are added up in a low dtype are off by about
-    sqrt(m / 3) of its roundings. Over the 4102 tokens of "thousands" in bfloat16, right functions
-    that work in chunks of 128 tokens, and leave the sum to autograd, reach 4 times the loop's
-    error, and 16 tokens at a time 9 to 13 times. Right functions without chunks stay below 2.5.
+    1e-10 in float64; else 5 times those of the plain loop in the same dtypes, or 4 roundings, and
+    2e-5; a row or column 8 times, or 6 roundings, and 5e-5. TF32 is off by 6e-4. Why 5: m partial
+    sums that are added up in a low dtype are off by about sqrt(m / 3) of its roundings. Over the
+    4102 tokens of "thousands" in bfloat16, right functions that work in 32 chunks of tokens, and
+    leave the sum to autograd, reach 4 times the loop's error, and in 256 chunks 9 to 13 times.
     """
     p = Problem(case, group)
     if group == "float64":
         return dict.fromkeys(p.expected, (1e-10,) * 3)
 
-    def in_low_dtype(x, W0, bias, *others):
-        *adapter, scaling = others
-        return loop(x, W0, bias, *(t.to(p.low) if group == "mixed" else t for t in adapter), scaling)
+    def in_low_dtype(x, W0, bias, A, B, Wg, scaling):
+        adapter = [t.to(p.low) if group == "mixed" else t for t in (A, B, Wg)]
+        return loop(x, W0, bias, *adapter, scaling)
     found, eps = as_float64(result(in_low_dtype, p)), torch.finfo(p.low).eps
-    return {q: [max(factor * e, least * eps) + 4e-6 for e, factor, least in zip(
-        errors(q, t, p), (5, 8, 8), (3, 5, 5))] for q, t in found.items()}
-
+    return {q: [max(5 * whole, 4 * eps) + 2e-5, max(8 * row, 6 * eps) + 5e-5,
+                max(8 * column, 6 * eps) + 5e-5]
+            for q, t in found.items() for whole, row, column in [errors(q, t, p)]}
 
 def errors(q, found, p, right=None):
     """How far a quantity is off: altogether, in its worst row (one token), in its worst column.
@@ -413,11 +393,9 @@ def errors(q, found, p, right=None):
         off.norm(), off.norm(dim=1).max() * len(off)**0.5,
         off.norm(dim=0).max() * off.shape[1]**0.5)]
 
-
 def as_float64(found, copy=False):
     return {q: None if t is None else t.detach().to("cpu", torch.float64, copy=copy)
             for q, t in found.items()}
-
 
 def must_be_right(found, p, moment="", known=()):
     """Fails with what is wrong, where, by how much, what is right, and what known mistake it is."""
@@ -435,15 +413,15 @@ def must_be_right(found, p, moment="", known=()):
     lines = [f"{moment}{first} {'is missing' if found[first] is None else 'is wrong'}, error "
              f"{error:.2g}{place}, allowed {allowed:.2g}{where(first, found[first], p)}",
              f"wrong: {', '.join(wrong)}; right: {right}", str(p.case)]
-    if names := [name for name in known if is_mistake(known[name], found, p)]:
+    if names := [name for name in known if error > 3 * allowed and is_mistake(
+            known[name], found, p)]:
         lines += [f"the same as the known mistake: {' or '.join(names)}"]
-    elif p.group == "float32" and 2e-5 < error < 5e-3:
+    elif p.group == "float32" and error < 5e-3:
         lines += ["errors of this size come from TF32 (torch.backends.cuda.matmul.allow_tf32, "
                   "input_precision in Triton) or from 16 bits on the way"]
     elif p.low.itemsize == 2 and first[-1] in "AB0sg" and error < 9 * allowed:
         lines += ["sums over tokens have to be added up in float32, also over chunks of them"]
     raise AssertionError("\n".join(lines))
-
 
 def where(q, found, p):
     """Which rows are wrong, if not all are."""
@@ -456,30 +434,13 @@ def where(q, found, p):
     return (f"; {len(wrong)} of {len(off)} {'tokens' if q in ('y', 'gradient of x') else 'rows'}, "
             f"first ({index})")
 
-
-def is_mistake(mistake, found, p):
-    """Whether a wrong implementation gives on this problem what was found."""
-    try:
-        run = forward(mistake, p, mode=torch.enable_grad if len(found) > 1 else torch.no_grad)
-        for part in (lambda: {"y": run.y}, lambda: backward(run)):
-            for q, t in as_float64(part()).items():
-                t = torch.zeros_like(p.expected[q]) if t is None else t
-                if not all(e <= a for e, a in zip(errors(q, found[q], p, t), p.allowed[q])):
-                    return False
-        return True
-    except Exception:           # it does not run on this problem
-        return False
-
-
 # ---- One call --------------------------------------------------------------------------------
 
 VALUES, GRADIENTS = [torch.no_grad, torch.inference_mode], [torch.enable_grad]
 
-
 def demand(fact, message):
     if not fact:                # an assert would print the tensors too
         raise AssertionError(message)
-
 
 def surroundings():
     """What a call has to leave as it is."""
@@ -488,13 +449,11 @@ def surroundings():
                 default_dtype=torch.get_default_dtype(), threads=torch.get_num_threads(),
                 autocast=F.linear(one, one).dtype, precision=torch.get_float32_matmul_precision())
 
-
 def unchanged(run, moment):
     for name, (t, flag) in run.before.items():
         now = run.inputs[name]
         demand(now.requires_grad == flag and torch.equal(now.detach().nan_to_num(), t.nan_to_num()),
                f"{name}, or its requires_grad, was changed in place {moment}")
-
 
 def forward(function, p, inputs=None, mode=torch.enable_grad):
     """Calls the function; fails unless what holds for every y holds."""
@@ -523,7 +482,6 @@ def forward(function, p, inputs=None, mode=torch.enable_grad):
     unchanged(run, "by the call")
     return run
 
-
 def backward(run, **how):
     """quantity -> tensor, None for a gradient of x, A, B or Wg that does not come."""
     if run.y.requires_grad:
@@ -533,10 +491,8 @@ def backward(run, **how):
                          if run.mode is torch.enable_grad and name in run.p.case.needs.split()
                          and (name not in ("W0", "bias") or run.inputs[name].grad is not None)})
 
-
 def result(function, p, mode=torch.enable_grad, inputs=None):
     return backward(forward(function, p, inputs, mode))
-
 
 def check_by_hand(function):
     """The case in hydralora_forward's docstring: gates 3/4 and 1/4, y = (23, 28)."""
@@ -546,15 +502,12 @@ def check_by_hand(function):
     demand(y.shape == (1, 1, 2) and torch.allclose(y, t([[23, 28]]), rtol=0, atol=1e-4),
            f"y is wrong: expected ((23, 28)), got {y.tolist()}")
 
-
 # ---- States: what calls must not leave behind, and autograd's other doors --------------------
 # Each yields a problem, what was found, and at what moment. All is compared at the end, so that
 # what a later call overwrites is found too.
 
-
 def small(group, **fields):
     return Problem(Case(**fields), group)
-
 
 @contextlib.contextmanager
 def allowing(words):
@@ -565,7 +518,6 @@ def allowing(words):
         if words not in str(error):
             raise
 
-
 def calls_in_a_row(function, group, mode):
     inputs = small(group).inputs()
     for now in (mode, *VALUES, mode):
@@ -574,15 +526,14 @@ def calls_in_a_row(function, group, mode):
             found = result(function, p, now, None if "seed" in fields else inputs)
             yield p, found, f"a later call, {now.__name__}: "
 
-
 def tensor_changes(function, group, mode):
     """Between calls, in place as an optimizer does it, and by .data, which leaves no trace."""
-    for name, data in itertools.product(INPUTS, ("", ".data")):
-        inputs, p = small(group).inputs(), small(group, anew=name)
-        forward(function, small(group), inputs, mode)
+    for name, data, needs in itertools.product(INPUTS, ("", ".data"), (ALL, "x")):
+        p = small(group, anew=name, needs=needs)
+        inputs = small(group, needs=needs).inputs()
+        forward(function, small(group, needs=needs), inputs, mode)
         (inputs[name].data if data else inputs[name].detach()).copy_(p.tensor(name).detach())
         yield p, result(function, p, mode, inputs), f"{name}{data} was changed in place before: "
-
 
 def two_layers(function, group, mode):
     """In turn, as in a model; also one layer on two x, and two layers on one x."""
@@ -593,7 +544,6 @@ def two_layers(function, group, mode):
             mine = inputs | {name: p.tensor(name) for name in p.case.anew.split()}
             yield p, result(function, p, mode, mine), f"two layers in turn, other {anew}: "
 
-
 def nine_layers(function, group, mode):
     for order in (1, -1):
         runs = [forward(function, small(group, seed=i, scaling=i - 4.5), mode=mode)
@@ -601,7 +551,6 @@ def nine_layers(function, group, mode):
         forward(function, small(group, seed=9), mode=torch.no_grad)
         for run in runs[::order]:
             yield run.p, backward(run), "nine forwards, then nine backwards: "
-
 
 def generation(function, group, mode):
     """A sequence, then one token at a time; the weights may have been made in inference mode."""
@@ -611,7 +560,6 @@ def generation(function, group, mode):
         p = small(group, lead=lead, anew=anew)
         inputs = weights | {"x": p.tensor("x")}
         yield p, result(function, p, mode, inputs), f"the same weights, now {lead} tokens: "
-
 
 def output_changes(function, group, mode):
     """y changed in place after the call, as in y *= 2: right gradients, or PyTorch's error."""
@@ -623,7 +571,6 @@ def output_changes(function, group, mode):
             halved = {q: t if t is None else t / 2 for q, t in backward(run).items()}
             yield run.p, halved, "y changed in place, then backward: "
     yield run.p, result(function, run.p, mode, run.inputs), "an earlier y was changed in place: "
-
 
 def nan_stays(function, group, mode):
     """In its token or its output, and in the gradients that sum over tokens."""
@@ -641,7 +588,6 @@ def nan_stays(function, group, mode):
             for q in ("gradient of A", "gradient of B", "gradient of Wg"):
                 demand(not found[q].isfinite().all(), f"{moment}{q} is finite")
 
-
 def random_state(function, group, mode):
     """A call may use random numbers, but may not set the generators to a state of its own."""
     after = []
@@ -651,7 +597,6 @@ def random_state(function, group, mode):
         after += [(torch.randn(9).sum(), torch.randn(9, device=DEVICE).sum(), np.random.random(),
                    random.random())]
     demand(all(a != b for a, b in zip(*after)), "the call has set the random state")
-
 
 def nothing_kept(function, group, mode):
     """x, y and with them the graph are given back with the last reference to them."""
@@ -665,7 +610,6 @@ def nothing_kept(function, group, mode):
     kept = [name for name, alive in kept.items() if alive() is not None]
     demand(not kept, f"{' and '.join(kept)} kept alive after the call")
 
-
 def two_threads(function, group, mode):
     barrier = threading.Barrier(2, timeout=60)
 
@@ -677,15 +621,12 @@ def two_threads(function, group, mode):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         yield from pool.map(work, (0, 1))
 
-
 def within_compile(function, group, mode):
-    compiled = torch.compile(lambda *inputs: function(*inputs), backend="eager")
-    for fields in (dict(), dict(scaling=-0.5)):
-        yield small(group, **fields), result(compiled, small(group, **fields), mode), "compiled: "
-
+    with allowing("not"):       # supported, on this Python or system
+        compiled = torch.compile(lambda *inputs: function(*inputs), backend="eager")
+        yield small(group), result(compiled, small(group), mode), "under torch.compile: "
 
 # With gradients alone:
-
 
 def backward_twice(function, group, mode):
     run = forward(function, small(group))
@@ -695,14 +636,12 @@ def backward_twice(function, group, mode):
             yield run.p, {q: t if q == "y" or t is None else t / count for q, t in found.items()}, (
                 f"gradients of {count} backwards added up: ")
 
-
 def autograd_grad(function, group, mode):
     run = forward(function, small(group, needs=ADAPTER))
     leaves = {name: run.inputs[name] for name in ADAPTER.split()}
     grads = torch.autograd.grad(run.y, list(leaves.values()), run.grad_y)
     demand(all(t.grad is None for t in leaves.values()), "torch.autograd.grad has set .grad")
     yield run.p, named(run.y, dict(zip(leaves, grads))), "torch.autograd.grad: "
-
 
 def changed_before_backward(function, group, mode):
     """Right gradients, or PyTorch's error about a tensor that was modified."""
@@ -712,14 +651,12 @@ def changed_before_backward(function, group, mode):
         with allowing("inplace"):
             yield run.p, backward(run), f"{name} changed between forward and backward: "
 
-
 def inner_tensors(function, group, mode):
     """What is passed is computed from the parameters."""
     inputs = small(group).inputs()
     run = forward(function, small(group), {name: t * 1.0 for name, t in inputs.items()})
     run.inputs = inputs
     yield run.p, backward(run), "tensors that are no leaves: "
-
 
 def each_need(function, group, mode):
     """Every choice of what needs a gradient; and each alone at a size where code has tiles."""
@@ -732,39 +669,25 @@ def each_need(function, group, mode):
 
 BOTH = [calls_in_a_row, tensor_changes, two_layers, nine_layers, generation, output_changes,
         nan_stays, random_state, nothing_kept, two_threads]
-ONLY_GRADIENTS = [within_compile, backward_twice, autograd_grad, changed_before_backward, inner_tensors,
-                  each_need]
+ONLY_GRADIENTS = [backward_twice, autograd_grad, changed_before_backward, inner_tensors, each_need,
+                  within_compile]
 STATES = {f.__name__.replace("_", "-"): f for f in BOTH + ONLY_GRADIENTS}
 MODES = dict(values=[torch.no_grad, torch.inference_mode], gradients=[torch.enable_grad])
 
-
 # ---- The oracle ------------------------------------------------------------------------------
-
 
 def runs(part, word, group):
     """Whether a case or state is asked for in a group, and can be."""
     return not (word in TOO_LARGE_FOR_FLOAT16 and group in ("half", "autofp16") or
                 part == "values" and STATES.get(word) in ONLY_GRADIENTS or
-                word == "within-compile" and not COMPILER or
                 not all(has_products(dtype, DEVICE) for dtype in set(GROUPS[group]) - {None}))
 
-
-def can_compile():
-    """Whether this PyTorch can compile on this Python and system."""
-    try:
-        return torch.compile(torch.neg, backend="eager")(torch.ones(1)).item() == -1
-    except Exception:
-        return False
-
-
-COMPILER = can_compile()
 CHECKS = [(part, word, group) for word in [*CASES, *STATES] for part in MODES for group in GROUPS
           if runs(part, word, group)]
 
-
 def check(function, part, word, group, known=()):
-    if COMPILER:                # it gives up in silence after a few shapes
-        torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:      # it gives up in silence after a few shapes
+        sys.modules["torch._dynamo"].reset()
     for mode in MODES[part]:
         if word in STATES:
             found = list(STATES[word](function, group, mode))
@@ -773,7 +696,6 @@ def check(function, part, word, group, known=()):
             found = [(p, result(function, p, mode), "")]
         for p, quantities, moment in found:
             must_be_right(quantities, p, f"{mode.__name__}, {moment}", known)
-
 
 def ask(what, group, check, *arguments):
     """Runs a check; if it fails, the test fails with a message instead of a traceback."""
@@ -790,26 +712,15 @@ def ask(what, group, check, *arguments):
     if message:
         pytest.fail(f"{NAME}, {what}: {message}", pytrace=False)
 
-
-def parametrized(part):
-    """The checks of a part, with names such as 3d-plain-float64."""
-    return pytest.mark.parametrize("word, group", [
-        pytest.param(word, group, id=f"{CASES.get(word, Case()).axes}-{word}-{group}")
-        for one, word, group in CHECKS if one == part])
-
-
 def test_oracle_values_3d_by_hand_float32():
     ask("by hand", "float32", check_by_hand)
 
-
-@parametrized("values")
-def test_oracle_values(word, group):
-    ask(f"{word} {group}, values", group, check, "values", word, group, KNOWN)
-
-
-@parametrized("gradients")
-def test_oracle_gradients(word, group):
-    ask(f"{word} {group}, gradients", group, check, "gradients", word, group, KNOWN)
+@pytest.mark.parametrize("part, word, group", [
+    pytest.param(*one, id=f"{one[0]}-{CASES.get(one[1], Case()).axes}-{one[1]}-{one[2]}")
+    for one in CHECKS])
+def test_oracle(part, word, group):
+    ask(f"{part} {CASES.get(word, Case()).axes} {word} {group}", group, check, part, word, group,
+        KNOWN)
 
 
 # ---- The oracle's own tests ------------------------------------------------------------------
@@ -829,7 +740,6 @@ def changed(x, W0, bias, A, B, Wg, s):
     return y
 """
 
-
 def with_line(line):
     name, memory = re.findall(r"(\w+) = ", line)[-1], dict(globals(), memory={})
     before, here, after = PLAIN.rpartition(f"    {name} = ")
@@ -841,21 +751,17 @@ def with_line(line):
         exec(f"{before}{here}{own}\n    {line}\n{after}", memory)
     return memory["changed"]
 
-
 def table(lines):
     """name -> function, from lines of "code  # name"."""
     lines = re.sub(r"\\\n\s+", "", lines).strip().splitlines()
     return {name: with_line(code.strip()) for code, name in (line.split("  # ") for line in lines)}
 
-
 def mixed(w, z, B):
-    return torch.einsum("...n,ndr,...r->...d", w, B, z)
-
+    return torch.einsum("...nr,ndr->...d", w[..., None] * z[..., None, :], B)
 
 def valued(t, value):
     """The value of another tensor with the gradient of t."""
     return t + (value - t).detach()
-
 
 def back(t, change):
     """t, with change(gradient) as its gradient."""
@@ -864,61 +770,44 @@ def back(t, change):
         t.register_hook(change)
     return t
 
-
 def misread(t, *strides):
     """What a kernel reads that takes t to be contiguous, or to have these strides."""
     strides = strides or [math.prod(t.shape[i + 1:]) for i in range(t.dim())]
     return valued(t, t.detach().as_strided(t.shape, strides, t.storage_offset()))
-
 
 def first(t, dim, size):
     """t, zero along an axis from `size` on."""
     keep = torch.arange(t.shape[dim], device=t.device) < size
     return t * keep.view(-1, *[1] * (-1 - dim)).to(t.dtype)
 
-
 def whole(t, dim, tile):
     """t, zero along an axis after the last whole tile, if there is more than one."""
     size = t.shape[dim]
     return first(t, dim, size // tile * tile) if size > tile else t
 
-
 def only_with(other, t):
     """t without a gradient (zero, not None) where another argument needs none."""
     return t if other.requires_grad else back(t, torch.zeros_like)
 
-
 def share(e, more=0.0):
     return e / (e.sum(-1, keepdim=True) + more)
 
-
 def cast(dtype, *tensors):
     return [None if t is None else t.to(dtype) for t in tensors]
-
 
 def tf32(t):
     """Rounded to the 10 bits after the point that TF32 keeps."""
     bits = t.detach().float().contiguous().view(torch.int32) + 0x1000 & -0x2000
     return valued(t, bits.view(torch.float32).to(t.dtype))
 
-
 def kept(memory, t, *key):
     """What was there at the first call with this key."""
     return valued(t, memory.setdefault(key, t.detach().clone()))
 
-
-def training():
-    return torch.is_grad_enabled()
-
-
-def autocasts():
-    return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
-
-
+training = torch.is_grad_enabled
 plain = with_line("y = y")
 KNOWN = table(r"""
 s = 1.0  # no scaling
-s = s**2  # scaling twice
 delta = delta / r  # scaling divided by r again
 w = (s * logits).softmax(-1)  # scaling on the logits too
 s = abs(s)  # scaling without its sign
@@ -927,7 +816,6 @@ base = s * base  # scaling on the base too
 w = logits.softmax(-2 % x.dim())  # softmax over tokens
 w = logits.softmax(1 % x.dim())  # softmax over axis 1
 w = logits  # no softmax
-w = logits.sigmoid()  # sigmoid for softmax
 w = share(logits.exp())  # exp without the maximum taken off
 w = share((logits - logits.detach().amax(-1, True)).exp(), 1e-4)  # a number in the denominator
 w = (logits / k**0.5).softmax(-1)  # logits over the root of k
@@ -936,17 +824,12 @@ w = 1 + 0 * w  # heads summed
 w = 1 / n + 0 * w  # uniform gates
 w = w / n  # mixture divided by n
 w = valued(w, F.one_hot(w.argmax(-1), n).to(w))  # argmax gates
-w = share(w * (w >= w.topk(min(2, n)).values[..., -1:]))  # top-2 gates
 w = w * (w > 1e-4)  # small gates left out
 w = F.linear(F.linear(h, A), Wg[:, :r]).softmax(-1)  # gates from A x
 w = w.mean(-2, keepdim=True) if many else w  # one mixture for a sequence
 w = w[..., :1, :] if many else w  # gates of the first token
-w = w.roll(1, -2) if many else w  # gates of the token before
 w = w.flip(-1)  # heads in reverse order
 w = first(w, -1, n - 1)  # last head left out
-w = first(w, -1, 1)  # first head only
-w = w**2  # gates applied twice
-w = w**0.5  # gates under a root
 As = torch.stack([A.roll(i, 0) for i in range(n)]); \
     delta = s * torch.einsum("...n,ndr,nrk,...k->...d", w, B, As, h)  # separate A
 delta = s * torch.einsum("...n,nkr,...k,rd->...d", w, B, h, A)  # A and B swapped
@@ -964,7 +847,6 @@ B = B.detach()  # heads detached
 A, B, Wg = A.detach(), B.detach(), Wg.detach()  # weights copied into a layer (see hydralora_layer)
 w = valued(w.detach() * logits, w)  # softmax's gradient without its mean
 B = back(B, lambda g: g / 1.75)  # scaling missing from the heads' gradient
-A = back(A, lambda g: 2 * g)  # A's gradient twice
 Wg = back(Wg, torch.neg)  # router's gradient with the wrong sign
 base = F.linear(x, W0)  # bias dropped
 base = base if bias is None else base + bias  # bias twice
@@ -976,15 +858,11 @@ B = misread(B)  # B read as contiguous
 Wg = misread(Wg)  # Wg read as contiguous
 delta = back(delta, lambda g: g if g.is_contiguous() else g.flip(0))  # grad_y read as contiguous
 delta = back(delta, lambda g: 0 * g if 0 in g.stride() else g)  # expanded grad_y lost
-A = first(A, -2, 16)  # first 16 ranks only
-A = first(A, -2, 32)  # first 32 ranks only
+A = first(A, -2, 64)  # first 64 ranks only
 A = whole(A, -2, 2)  # last rank of an odd number left out
-B = first(B, -3, 16)  # first 16 heads only
-B = first(B, -3, 32)  # first 32 heads only
-x = first(x, -1, 128)  # first 128 of k only
+B = first(B, -3, 8)  # first 8 heads only
 x = first(x, -1, 8192)  # first 8192 of k only
 x = whole(x, -1, 128)  # rest of k after tiles of 128 left out
-B = first(B, -2, 128)  # first 128 of d only
 B = first(B, -2, 8192)  # first 8192 of d only
 B = whole(B, -2, 64)  # rest of d after tiles of 64 left out
 delta = first(delta, -2, 128) if many else delta  # first 128 tokens only
@@ -1000,7 +878,6 @@ z = F.linear(h, only_with(B, A))  # no gradient for A where B needs none
 y = plain(*map(tf32, (x, W0)), bias, *map(tf32, (A, B, Wg)), s)  # inputs rounded to TF32
 y = plain(*cast(torch.float32, x, W0, bias, A, B, Wg), s).to(x.dtype)  # all in float32
 y = plain(*cast(torch.bfloat16, x, W0, bias, A, B, Wg), s).to(x.dtype)  # all in bfloat16
-y = plain(*cast(torch.float16, x, W0, bias, A, B, Wg), s).to(x.dtype)  # all in float16
 """)
 MUTANTS = KNOWN | table(r"""
 base = F.linear(x.data.mul_(1 + 1e-2), W0, bias)  # x changed in place
@@ -1017,7 +894,7 @@ x = valued(x, x.detach().as_strided(x.shape, x.stride(), 0))  # storage offset o
 delta = back(delta, lambda g: g * (g.abs() > 1e-6))  # small gradients lost
 y = torch.cat([plain(c, W0, bias, A, B, Wg, s) for c in x.reshape(-1, k).split(16)]).view( \
     y.shape)  # sums in bfloat16
-s = 1.0 if autocasts() else s  # autocast without scaling
+delta = delta / s if base.dtype != x.dtype and s else delta  # autocast without scaling
 s = memory.setdefault((x.shape, x.dtype), s)  # scaling kept by shape
 W0 = kept(memory, W0, W0.shape, x.dtype)  # W0 kept by shape
 A = kept(memory, A, A.data_ptr(), A.shape, x.dtype)  # A kept by address
@@ -1029,16 +906,36 @@ y = y if training() else memory.setdefault((y.shape, y.dtype, torch.is_inference
     y.clone()).copy_(y)  # output buffer shared
 delta = delta + 0 * x.sum()  # nan spreads
 y = y.nan_to_num()  # nan hidden
+A = whole(A, -2, 16) if x.element_size() == 2 else A  # ranks after tiles of 16 left out in 16 bits
+w = w[:1].expand_as(w) if x.dim() == 3 and x.shape[1] == 1 else w  # one token each, gates of one
+B = valued(B, B.detach().contiguous().flip(0)) if B.stride(0) < B.stride(1) else B  # B by column
+delta = delta if abs(s) > 0.01 else 0 * delta  # small scaling left out
+A = A if A.requires_grad or not training() else kept(memory, A, id(A), x.dtype)  # frozen A kept
+memory.setdefault(0, []).append(x); y = y  # x kept alive
+torch.manual_seed(0); y = y  # random state set
 """)
+def is_mistake(mistake, found, p):
+    """Whether a wrong implementation gives on this problem what was found."""
+    try:
+        run = forward(mistake, p, mode=torch.enable_grad if len(found) > 1 else torch.no_grad)
+        for part in (lambda: {"y": run.y}, lambda: backward(run)):
+            for q, t in as_float64(part()).items():
+                t = torch.zeros_like(p.expected[q]) if t is None else t
+                if not all(e <= a for e, a in zip(errors(q, found[q], p, t), p.allowed[q])):
+                    return False
+        return True
+    except Exception:           # it does not run on this problem
+        return False
+
 SEEN_ONLY_IN = {    # elsewhere these are right, or do not run
     "all in float32": ["float64"], "softmax in float32": ["float64"],
     "y in float32": ["float64", "bfloat16"], "all in bfloat16": ["float64", "float32"],
-    "all in float16": ["float64", "float32"], "sums in bfloat16": ["bfloat16"],
-    "autocast without scaling": ["autocast", "autofp16", "automix", "autonorm"],
+    "sums in bfloat16": ["bfloat16"],
+    "ranks after tiles of 16 left out in 16 bits": ["bfloat16", "half", "mixed"],
+    "autocast without scaling": ["autocast", "autofp16", "autonorm"],
     "small gates left out": ["float64"], "a number in the denominator": ["float64"],
     "inputs rounded to TF32": ["float64", "float32"]}
-FAST_FIRST = list(CHECKS)
-
+FAST_FIRST = sorted(CHECKS, key=lambda one: one[1] in DRAWN)
 
 def rejected(function, group):
     """Whether a check fails; a crash shows nothing about the oracle. What fails comes first next
@@ -1054,15 +951,12 @@ def rejected(function, group):
             continue
     return False
 
-
 @pytest.mark.parametrize("name", MUTANTS)
 def test_wrong_implementation_fails(name):
     for group in SEEN_ONLY_IN.get(name, ["float32", "bfloat16"]):
         assert rejected(MUTANTS[name], group), group
 
-
 # Right implementations, written as others would write them; each must pass.
-
 
 class ByHand(torch.autograd.Function):
     """The usual kernel: its own backward, in float32 or better, for a base that is frozen."""
@@ -1073,10 +967,7 @@ class ByHand(torch.autograd.Function):
         ctx.scaling = scaling
         high = torch.promote_types(A.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            h, W0, bias, A, B, Wg = cast(high, x, W0, bias, A, B, Wg)
-            w = F.linear(h, Wg).softmax(-1)
-            y = F.linear(h, W0, bias) + scaling * mixed(w, F.linear(h, A), B)
-        return y.to(x.dtype)
+            return plain(*cast(high, x, W0, bias, A, B, Wg), scaling).to(x.dtype)
 
     @staticmethod
     def backward(ctx, g):
@@ -1093,17 +984,6 @@ class ByHand(torch.autograd.Function):
         dx, dA, dB, dWg = (t.to(like.dtype) for t, like in zip(grads, (inputs[0], *inputs[2:])))
         return dx, None, None, dA, dB, dWg, None
 
-
-def in_tiles(x, W0, bias, A, B, Wg, scaling):
-    """Tiles of 64 of k, added up in float32 or better."""
-    high = torch.promote_types(x.dtype, torch.float32)
-    tiles = lambda W: sum(F.linear(x[..., i:i + 64].to(high), W[:, i:i + 64].to(high))
-                          for i in range(0, x.shape[-1], 64))
-    with torch.autocast(x.device.type, enabled=False):
-        y = tiles(W0) + scaling * mixed(tiles(Wg).softmax(-1), tiles(A), B.to(high))
-    return (y if bias is None else y + bias).to(x.dtype)
-
-
 def hydralora_layer(x, W0, bias, A, B, Wg, scaling):
     """HydraLoRALinear, computing with the oracle's tensors in the place of its parameters. Copied
     into them the weights would get no gradients."""
@@ -1114,14 +994,14 @@ def hydralora_layer(x, W0, bias, A, B, Wg, scaling):
     weights = {name: t for name, t in weights.items() if t is not None}
     return torch.func.functional_call(layer, weights, x)
 
-
 RIGHT = table(r"""
 y = y  # einsum
 z, logits = F.linear(h, torch.cat([A, Wg])).split([r, n], -1); w = logits.softmax(-1)  # stacked
 delta = mixed(w, z, s * B)  # scaling folded into B
 delta = mixed(w, z, B); delta *= s  # scaled in place
-y = torch.cat([plain(c, W0, bias, A, B, Wg, s) for c in x.reshape(-1, k).split(128)]).view( \
-    y.shape)  # chunks of 128 tokens
+t = x.reshape(-1, k); \
+    y = torch.cat([plain(c, W0, bias, A, B, Wg, s) for c in t.split(len(t) // 32 + 1)]).view( \
+    y.shape)  # 32 chunks of tokens
 y = torch.utils.checkpoint.checkpoint(plain, x, W0, bias, A, B, Wg, s, \
     use_reentrant=False)  # checkpointed
 y = y.mT.contiguous().mT if many else y  # strided output
@@ -1129,7 +1009,6 @@ y = plain(x, W0, bias, *cast(x.dtype, A, B, Wg), s)  # adapter cast to the dtype
 y = plain(x.contiguous(), W0.contiguous(), bias, *(t.contiguous() for t in (A, B, Wg)), \
     s)  # all copied to be contiguous
 w = logits.log_softmax(-1).exp()  # softmax by its logarithm
-w = logits.double().softmax(-1).to(logits.dtype)  # softmax in float64
 delta = s * sum(w[..., i, None] * F.linear(z, B[i]) for i in range(n))  # one head after the other
 delta = s * (w.unsqueeze(-2) @ (B @ z[..., None, :, None]).squeeze(-1)).squeeze(-2)  # matmul
 delta = s * F.linear((w[..., None] * z[..., None, :]).flatten(-2), \
@@ -1137,21 +1016,19 @@ delta = s * F.linear((w[..., None] * z[..., None, :]).flatten(-2), \
 pad = -k % 64; y = plain(F.pad(x, (0, pad)), F.pad(W0, (0, pad)), bias, F.pad(A, (0, pad)), B, \
     F.pad(Wg, (0, pad)), s)  # k filled up to tiles
 y = base.addcmul(delta.to(base.dtype), torch.ones_like(base))  # fused add
-""") | {"own backward": ByHand.apply, "tiles": in_tiles, "hydralora layer": hydralora_layer}
-
+""") | {"own backward": ByHand.apply, "hydralora layer": hydralora_layer}
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_implementation_passes(name):
-    """Each takes a part of the checks; together they take all."""
+    """Each takes a part of the checks; together they take half of all."""
     offset = list(RIGHT).index(name)
-    for one in CHECKS[offset::17]:
+    for one in CHECKS[2 * offset::2 * len(RIGHT)]:
         check(RIGHT[name], *one)
-
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_check_fails_for_something_wrong(group):
-    tried = [MUTANTS[name] for name in ("no scaling", "uniform gates", "base not added",
-             "heads detached", "a pair returned", "nan hidden", "gates applied twice")]
+    tried = [MUTANTS[name] for name in ("base not added", "no scaling", "uniform gates",
+                                        "heads detached", "a pair returned", "nan hidden")]
     for part, word, _ in [one for one in CHECKS if one[-1] == group]:
         for wrong in tried:
             try:
@@ -1161,22 +1038,17 @@ def test_every_check_fails_for_something_wrong(group):
         else:
             pytest.fail(f"{part} {word}: none of {len(tried)} wrong implementations fails")
 
-
-def test_message():
-    """y first, where it is wrong, the sizes, what is right, the known mistake."""
-    def message(function, part="gradients", word="plain", group="float64"):
+def test_message_names_the_known_mistake():
+    def message(function, word="plain", group="float64"):
         with pytest.raises(AssertionError) as error:
-            check(function, part, word, group, KNOWN)
+            check(function, "gradients", word, group, KNOWN)
         return str(error.value)
 
-    for name in ("no scaling", "softmax over tokens", "argmax gates", "separate A", "A detached",
-                 "weights copied into a layer (see hydralora_layer)", "bias dropped"):
-        if not name.startswith("weights"):
-            assert f"\nthe same as the known mistake: {name}" in message(KNOWN[name])
+    for name in ("no scaling", "softmax over tokens", "argmax gates", "separate A", "A detached"):
+        assert f"\nthe same as the known mistake: {name}" in message(KNOWN[name])
     name = "inputs rounded to TF32"
-    assert f"mistake: {name}" in message(KNOWN[name], word="thousands", group="float32")
+    assert f"mistake: {name}" in message(KNOWN[name], "thousands", "float32")
     assert "y has no gradient" in message(lambda *inputs: plain(*inputs).detach())
-
 
 def test_reference_by_hand_against_differences_and_the_loop_in_torch():
     check_by_hand(lambda *args: torch.tensor(reference(
@@ -1198,12 +1070,10 @@ def test_reference_by_hand_against_differences_and_the_loop_in_torch():
                 assert q == "gradient of bias" and not case.bias or max(
                     errors(q, fast[q], p, t)) < 1e-12, (case, q)
 
-
 def test_words_that_select_do_not_contain_each_other():
     words = [*GROUPS, *CASES, *STATES, *MODES, "1d", "2d", "3d", "4d", "5d", "oracle"]
     assert all(re.fullmatch("[a-z0-9A-Z-]+", word) for word in words)
     assert not [(a, b) for a in words for b in words if a != b and a.lower() in b.lower()]
-
 
 @pytest.mark.parametrize("setting, said", [
     ("IMPL=no_such_module:f", "No module named 'no_such_module'"),
@@ -1213,7 +1083,6 @@ def test_words_that_select_do_not_contain_each_other():
 def test_bad_setting_ends_the_run_with_one_line(setting, said):
     with pytest.raises(pytest.exit.Exception, match=f"HYDRALORA_.*: .*{said}"):
         read_settings(dict([f"HYDRALORA_{setting}".split("=")]))
-
 
 def test_kernel_in_a_folder_with_the_two_files_alone(tmp_path):
     for name in ("hydralora.py", "test_hydralora.py"):
@@ -1227,7 +1096,7 @@ def test_kernel_in_a_folder_with_the_two_files_alone(tmp_path):
                          env=os.environ | dict(HYDRALORA_IMPL="mine:kernel"), text=True,
                          capture_output=True).stdout
     assert "1 failed," in out and "passed" not in out
-    assert "\nmine:kernel, plain float64, values: no_grad, y is wrong" in out
+    assert "\nmine:kernel, values 3d plain float64: no_grad, y is wrong" in out
     assert "\nthe same as the known mistake: no scaling\n" in out
 
 
@@ -1406,9 +1275,9 @@ class CachedInEval(Cached):
 
 
 hook = lambda f: lambda base: base.register_forward_hook(lambda base, inputs, y: f(y))
-RIGHT = {"plain": (nn.Linear, None), "logs": (Logs, None), "caches, never called": (Cached, None),
+FINE = {"plain": (nn.Linear, None), "logs": (Logs, None), "caches, never called": (Cached, None),
          "harmless hook": (nn.Linear, hook(lambda y: None))}
-WRONG = {"caches": (Cached, None), "caches in eval": (CachedInEval, None),
+REFUSED = {"caches": (Cached, None), "caches in eval": (CachedInEval, None),
          "wrapped": (nn.Linear, lambda base: setattr(           # its copy goes on calling the base
              base, "forward", lambda x, forward=base.forward: forward(x))),
          "doubled": (nn.Linear, hook(lambda y: 2 * y)), "int8": (nn.Linear, lambda base: setattr(
@@ -1418,13 +1287,13 @@ WRONG = {"caches": (Cached, None), "caches in eval": (CachedInEval, None),
          "old weight norm": (nn.Linear, nn.utils.weight_norm)}
 
 
-@pytest.mark.parametrize("kind", RIGHT | WRONG)
+@pytest.mark.parametrize("kind", FINE | REFUSED)
 @each_dtype
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
 @torch.no_grad()
 def test_merge_keeps_the_update_or_refuses_the_base(kind, dtype):
     """Updates from 1e-6 of W0 to 30 times W0; no bias, a usual one and a huge one."""
-    (base_class, change), high = (RIGHT | WRONG)[kind], torch.promote_types(dtype, torch.float32)
+    (base_class, change), high = (FINE | REFUSED)[kind], torch.promote_types(dtype, torch.float32)
     for size, bias in itertools.product((1e-6, 1e-3, 1, 30), (0, 1, 3e4)):
         base, x = base_class(K, D, bias=bias > 0, dtype=dtype).eval(), tokens(9, K).to(dtype)
         if bias:
@@ -1437,7 +1306,7 @@ def test_merge_keeps_the_update_or_refuses_the_base(kind, dtype):
         m.lora_B *= size * base.weight.to(high).norm() / (m.scaling * B @ A).norm()
         before = None if kind in ("caches, never called", "int8") else m(x)
         model = nn.ModuleDict({"m": m.train(kind == "caches in eval")})
-        if kind in RIGHT:
+        if kind in FINE:
             (A, B), merged = m.to_lora(GATES), m.merge(GATES)
             W = (base.weight.to(high) + m.scaling * (B @ A)).to(dtype)
             assert type(merged) is base_class and merged is not base
@@ -1800,8 +1669,6 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 # ---- The toy, with few steps -----------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def toy():
     """train_toy.py, with runs so short that nothing is learnt."""
@@ -1831,24 +1698,18 @@ def test_toy_bayes_limit_by_hand(toy, world, monkeypatch):
     expected = 100 * (1 - 2 / 3 / toy.LENGTH)   # among 3 ciphers, and then gives the cipher away
     assert world.bayes_accuracy(tokens) == pytest.approx(expected, abs=0.3)
     assert (data_set == domain).double().mean().item() == pytest.approx(0.9 + 0.1 / 3, abs=0.01)
-    assert torch.equal(tokens[:, toy.LENGTH + 1:], new[domain[:, None], tokens[:, :toy.LENGTH]])
-
-
-def test_toy_top_gives_the_logits_of_the_whole_model(toy, world):
-    expected = world.model(world.test.tokens[:, :-1])[:, toy.LENGTH:]
-    torch.testing.assert_close(toy.logits_of(world.top, world.test), expected)
+    logits = world.model(world.test.tokens[:, :-1])[:, toy.LENGTH:]
+    torch.testing.assert_close(toy.logits_of(world.top, world.test), logits)
 
 
 def test_toy_nmi_by_hand(toy):
     domain = torch.arange(3).repeat(4)
     own = F.one_hot(domain, 3).float()[:, None].expand(-1, 5, -1)           # (count, LENGTH, n)
-    assert toy.nmi(own, domain) == pytest.approx(1)
     assert toy.nmi(own.roll(1, -1), domain) == pytest.approx(1)
     assert toy.nmi(torch.full((12, 5, 3), 1 / 3), domain) == pytest.approx(0, abs=1e-6)
-    half = own.clone()
-    half[domain == 2] = half[domain == 1]                       # two domains share a head
-    joint, of_head = -math.log(1 / 3), -math.log(1 / 3) / 3 - 2 / 3 * math.log(2 / 3)
-    assert toy.nmi(half, domain) == pytest.approx(2 * of_head / (joint + of_head))
+    shared = own[torch.where(domain == 2, 1, domain)]           # two domains have one head
+    of_domain, of_head = math.log(3), math.log(3) - 2 / 3 * math.log(2)
+    assert toy.nmi(shared, domain) == pytest.approx(2 * of_head / (of_domain + of_head))
 
 
 def test_toy_knock_out_by_hand(toy, world):
@@ -1867,31 +1728,30 @@ def test_toy_knock_out_by_hand(toy, world):
 
 
 def test_toy_methods_are_what_their_names_say(toy, world):
-    x = tokens(3, 8, 64, dtype=torch.float32)
-    layer = lambda **method: toy.adapt(world.top, 0, **dict(n=3, r=4) | method).block.o_proj
-    whole = layer(whole=True)
+    x, layer = tokens(3, 8, 64, dtype=torch.float32), lambda **method: toy.adapt(
+        world.top, 0, **dict(n=3, r=4) | method).block.o_proj
+    whole, A = layer(whole=True), layer().lora_A
+    assert torch.equal(whole.lora_A, A.repeat(3, 1))            # one start for all
+    for p in (whole.lora_A, whole.lora_B, whole.router.weight):
+        nn.init.normal_(p)
     A = whole.lora_A.unflatten(0, (3, 4))
-    assert torch.equal(A[0], A[1]) and torch.equal(A[0], layer().lora_A)    # one start for all
-    nn.init.normal_(whole.lora_A), nn.init.normal_(whole.lora_B), nn.init.normal_(whole.router.weight)
     expected = whole.base(x)
     for i in range(3):
         expected = expected + whole.gates(x)[..., i, None] * (x @ A[i].T @ whole.lora_B[i].T) * 2
     torch.testing.assert_close(whole(x), expected)
-    assert torch.equal(layer(gates="equal").gates(x), torch.full((3, 8, 3), 1 / 3))
     top = toy.adapt(world.top, 0, 3, 4, gates="domain")
     w = toy.gates_of(top, world.test)           # at first equal, then of the last labels
     assert torch.equal(w, torch.full_like(w, 1 / 3))
     toy.logits_of(top, world.test, "domain")
-    w, expected = toy.gates_of(top, world.test), F.one_hot(world.test.domain, 3).float()
-    assert torch.equal(w, expected[:, None].expand_as(w))
+    one_hot = F.one_hot(world.test.domain, 3).float()[:, None]
+    assert torch.equal(toy.gates_of(top, world.test), one_hot.expand_as(w))
     sizes = {name: toy.fine_tune(world, name, **method)[1]["size"]
              for name, method in toy.methods().items()}
     same = sizes["HydraLoRA"]
-    assert sizes["whole LoRAs + router, same size"] == same
+    assert sizes["whole LoRAs + router, same size"] == same == sizes["HydraLoRA, true gate"] + 192
     assert sizes["whole LoRAs + router, r=2"] == sizes["HydraLoRA, r=3"]
-    for name in ("LoRA, same size", "LoRA-Split by 90% pure data sets", "LoRA-Split by true domain"):
-        assert same <= sizes[name] < 1.04 * same            # rounded up, so none is smaller
-    assert sizes["HydraLoRA, true gate"] + 3 * 64 == same   # it has no router
+    for name in ("LoRA, same size", "LoRA-Split by 90% pure data sets"):
+        assert same <= sizes[name] < 1.04 * same                # rounded up
 
 
 def test_toy_writes_what_it_measured(toy, tmp_path, capsys):
@@ -1903,9 +1763,7 @@ def test_toy_writes_what_it_measured(toy, tmp_path, capsys):
         assert method["accuracy"] == pytest.approx(sum(method["by_domain"]) / 3, abs=4)
     scores = result["specialisation"]["layers"]["last o_proj"]
     assert {"router", "symbol alone", "shuffled labels"} <= scores.keys() and 99 < result["bayes"]
-    assert np.allclose(np.array(result["specialisation"]["gates"]).sum(1), 1, atol=1e-5)
-    merge = result["merging"]
-    hydra = result["methods"]["HydraLoRA"]["accuracy"]
+    merge, hydra = result["merging"], result["methods"]["HydraLoRA"]["accuracy"]
     assert merge["accuracy"]["routed"] == pytest.approx(hydra) and merge["error"]["routed"] == 0
     assert all(text in printed for text in ("1. How", "2. Accuracy", "3. Do", "4. Merged"))
     assert run_toy(toy, "--check", "--heads", "1", "--seed", "3") == 1      # one head cannot
@@ -1934,11 +1792,9 @@ def test_toy_refuses_options_in_one_line(options, said, toy, capsys):
 def test_toy_cost_counts_the_bytes_that_backward_needs(toy):
     row, = toy.cost("cpu", sizes=[(64, 128, 4, 3)], rounds=1)
     assert 1 <= row["bytes / bound"] < 1.1 and row["bytes / loop"] < 0.2
-    assert all(row[ratio] > 0 for ratio in ("time / LoRA of rank n r", "time / loop"))
 
 
 # ---- README ----------------------------------------------------------------------------------
-
 README = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
@@ -1955,28 +1811,22 @@ def test_readme_python_block_prints_what_it_says(block, tmp_path, monkeypatch, c
 def test_readme_definition_is_the_reference():
     definition, rng = {}, np.random.default_rng(0)
     exec(BLOCKS[0], definition)
-    arrays = [rng.normal(size=size) for size in ((6, 7), (5, 7), (3, 7), (4, 5, 3), (4, 7))]
-    y = definition["hydralora"](*map(torch.tensor, arrays), 1.75)
-    x, W0, A, B, Wg = arrays
+    x, W0, A, B, Wg = (rng.normal(size=s) for s in ((6, 7), (5, 7), (3, 7), (4, 5, 3), (4, 7)))
+    y = definition["hydralora"](*map(torch.tensor, (x, W0, A, B, Wg)), 1.75)
     expected, _ = reference(x, W0, None, A, B, Wg, 1.75, np.zeros((6, 5)))
     np.testing.assert_allclose(y, expected, atol=1e-12)
 
 
-def test_readme_names_exist(toy):
-    rows = [line for line in README.splitlines() if line.startswith("|")]
-    for name in {name for row in rows for name in re.findall(r"`([^`]+)`", row)}:
+def test_readme_names_and_results_are_those_of_the_code(toy):
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines()
+            if line.startswith("|")]
+    for name in {name for row in rows for name in re.findall(r"`([^`]+)`", " ".join(row))}:
         owner, *attributes = name.split(".")
         found = getattr(hydralora, owner, None) or getattr(toy, owner)
         assert not attributes or hasattr(found, attributes[0]), name
-
-
-def test_readme_results_are_rows_of_the_toy(toy):
-    """Each row has the name, the opponent's size and the paper's number that --paper prints."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines()
-            if re.search(r"\| \d+ of 10 \|", line)]
-    methods = {name: method for name, method in toy.methods().items() if "paper" in method}
-    assert 5 <= len(rows) <= 8
-    for name, *_, ahead, seeds, paper in rows:
-        assert methods[name]["paper"] == paper, name
+    results = [row for row in rows if re.fullmatch(r"\d+ of 10", row[-2])]
+    assert not README or 5 <= len(results) <= 8
+    for name, *_, ahead, seeds, paper in results:               # as --paper prints them
+        assert toy.methods()[name]["paper"] == paper, name
         assert re.fullmatch(r"[+-]\d+\.\d\d \+- \d+\.\d\d", ahead), name
         assert ahead[0] == "+" or seeds != "10 of 10", name
