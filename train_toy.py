@@ -4,7 +4,7 @@
     python train_toy.py             the experiment: a minute on two CPU cores
     python train_toy.py --paper     the README's table, ten seeds: six minutes
     python train_toy.py --cost      time and memory of the layer: half a minute
-    python train_toy.py --tune      each method at each learning rate, five seeds: half an hour
+    python train_toy.py --tune      each method at each learning rate, on five seeds: a quarter hour
 
 A sequence belongs to a hidden domain, and each domain has a cipher of its own:
 
