@@ -212,8 +212,8 @@ def inject_hydralora(model, targets, **layer_arguments):
     in "." + target [7]. layer_arguments: those of HydraLoRALinear. A second injection adds to the
     first. Load the base's weights before it: q_proj.weight is q_proj.base.weight afterwards.
 
-    ValueError, with the model as it was, if a target matches no nn.Linear, or one in a module that
-    reads its weight without calling it. In others like that it is missing in record_gates.
+    ValueError, with the model as it was, if a target matches no nn.Linear, or one whose weight its
+    parent reads (nn.MultiheadAttention). Under other such parents, record_gates does not see it.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     parent = {name: modules[name.rpartition(".")[0]] for name in modules}

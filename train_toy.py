@@ -95,7 +95,7 @@ def methods(n=DOMAINS):
         "HydraLoRA": dict(n=n, r=RANK, lr=0.16),
         "HydraLoRA, true gate": dict(n=DOMAINS, r=RANK, gates="domain", lr=1.28, paper="-"),
         "LoRA-Split by true domain": dict(n=DOMAINS, r=17, whole=True, gates="domain", lr=1.28,
-                                          paper="0.28 MMLU, Table 2, at half its size"),
+                                          paper="0.28 MMLU, Table 2, HydraLoRA half as large"),
         "equal gates": dict(n=n, r=RANK, gates="equal", lr=0.16, paper="4.41 MMLU, Figure 6"),
         "whole LoRAs + router": dict(n=n, r=RANK, whole=True, lr=0.16, paper="1.2 BBH, Table 3"),
         "HydraLoRA, r=3": dict(n=n, r=3, lr=0.32),
