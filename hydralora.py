@@ -230,7 +230,7 @@ def inject_hydralora(model, targets, **layer_arguments):
                 for p in (layer.lora_A, layer.lora_B, layer.router.weight)}
     flags = {p: p.requires_grad for p in model.parameters()}
     try:
-            new = {m: HydraLoRALinear(m, **layer_arguments) for m in {linears[n]: 0 for n in names}}
+        new = {m: HydraLoRALinear(m, **layer_arguments) for m in {linears[n]: 0 for n in names}}
     except Exception:
         for p, flag in flags.items():
             p.requires_grad_(flag)
