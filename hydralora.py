@@ -135,7 +135,7 @@ class HydraLoRALinear(nn.Module):
         """Eqs. 3 and 4, L336-347: x (..., k) -> y (..., d)."""
         y = self.base(x)                                                      # (..., d)
         x = x.to(self.lora_A.dtype)                                           # (..., k)
-        w = self.router(x)                                                    # (..., n)
+        w = self.gates(x)                                                     # (..., n)
         dropped = self.lora_dropout(x)                                        # (..., k) [5]
         delta = hydralora_delta(dropped, self.lora_A, self.lora_B, w, self.scaling)  # (..., d)
         return y + delta.to(y.dtype)                                          # (..., d) [6]

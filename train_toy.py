@@ -250,7 +250,7 @@ def knock_out(top, data):
         with hook_gates(top, lambda name, w: F.normalize(w * (heads != head), p=1, dim=-1)):
             return by_domain(accuracy(logits_of(top, data), data), data.domain)
     heads = torch.arange(top.block.o_proj.num_heads, device=data.domain.device)
-    return torch.stack([without(-1) - without(head) for head in heads], dim=1)
+    return without(-1)[:, None] - torch.stack([without(head) for head in heads], dim=1)
 
 
 def specialisation(top, world):
