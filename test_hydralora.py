@@ -280,7 +280,7 @@ def draw_case(number):
                 logits=one_of(0.5, 1.0, 1.0, 2.0), needs=one_of(ALL, ADAPTER, ADAPTER, some),
                 layouts=tuple(layouts.items()), seed=number)
 
-DRAWN = {f"drawn-{number:02}": draw_case(number) for number in range(60)}
+DRAWN = {f"drawn-{number:02}": draw_case(number) for number in range(48)}
 CASES = CHOSEN | DRAWN
 
 
@@ -1645,7 +1645,7 @@ def test_two_processes_train_as_one(tmp_path):
 def toy():
     """train_toy.py, with runs so short that nothing is learnt."""
     module = pytest.importorskip("train_toy")
-    module.PRETRAIN_STEPS, module.STEPS, module.EVALUATION = 3, 16, 60
+    module.PRETRAIN_STEPS, module.STEPS, module.EVALUATION = 3, 8, 60
     module.all_seeds = lambda seeds, device, grid=None: [       # in this process
         module.one_seed(seed, device, grid) for seed in seeds[:2]]
     return module
@@ -1694,7 +1694,7 @@ def test_toy_knock_out_by_hand(toy, world):
     torch.testing.assert_close(toy.knock_out(top, world.test), torch.zeros(3, 2))
 
 def test_toy_methods_are_what_their_names_say(toy, world):
-    x, layer = tokens(3, 8, 64, dtype=torch.float32), lambda **method: toy.adapt(
+    x, layer = tokens(3, 8, 96, dtype=torch.float32), lambda **method: toy.adapt(
         world.top, 0, **dict(n=3, r=4) | method).block.o_proj
     whole, A = layer(whole=True), layer().lora_A
     assert torch.equal(whole.lora_A, A.repeat(3, 1))            # one start for all
@@ -1704,7 +1704,7 @@ def test_toy_methods_are_what_their_names_say(toy, world):
     expected = whole.base(x)
     for i in range(3):
         expected = expected + whole.gates(x)[..., i, None] * (x @ A[i].T @ whole.lora_B[i].T) * 2
-    torch.testing.assert_close(whole(x), expected)
+    torch.testing.assert_close(whole(x), expected, rtol=1e-4, atol=1e-4)
     top = toy.adapt(world.top, 0, 3, 4, gates="domain")
     w = toy.gates_of(top, world.test)           # at first equal, then of the last labels
     assert torch.equal(w, torch.full_like(w, 1 / 3))
@@ -1713,11 +1713,11 @@ def test_toy_methods_are_what_their_names_say(toy, world):
     assert torch.equal(toy.gates_of(top, world.test), one_hot.expand_as(w))
     sizes = {name: toy.fine_tune(world, name, **method)[1]["size"]
              for name, method in toy.methods().items()}
-    same = sizes["HydraLoRA"]
-    assert sizes["whole LoRAs + router, same size"] == same == sizes["HydraLoRA, true gate"] + 192
+    assert sizes["HydraLoRA"] == sizes["HydraLoRA, true gate"] + 288        # the router
     assert sizes["whole LoRAs + router, r=2"] == sizes["HydraLoRA, r=3"]
-    for name in ("LoRA, same size", "LoRA-Split by 90% pure data sets"):
-        assert same <= sizes[name] < 1.04 * same                # rounded up
+    for name in ("LoRA, same size", "whole LoRAs + router, same size",
+                 "LoRA-Split by 90% pure data sets"):
+        assert sizes[name] == pytest.approx(sizes["HydraLoRA"], rel=0.02)   # ranks are whole
 
 def test_toy_writes_what_it_measured(toy, tmp_path, capsys):
     file = tmp_path / "result.json"
