@@ -1734,7 +1734,7 @@ def test_toy_writes_what_it_measured(toy, tmp_path, capsys):
     assert run_toy(toy, "--check", "--heads", "1", "--seed", "3") == 1      # one head cannot
 
 def test_toy_paper_and_tune_to_their_end(toy, monkeypatch, capsys):
-    monkeypatch.setattr(toy, "GRID", (0.01, 0.02))
+    monkeypatch.setattr(toy, "GRID", (0.02,))
     assert run_toy(toy, "--paper") == run_toy(toy, "--tune") == 0
     printed = capsys.readouterr().out
     for name, method in toy.methods().items():

@@ -50,7 +50,7 @@ STEPS = 400                 # on the new ciphers, the adapter only
 EVALUATION = 2000           # test sequences
 RANK = 32                   # r of HydraLoRA
 ROUTER_START = 0.03         # times Kaiming: the data and not the start decide what a head gets
-ROUTER_RATE = 4             # times lr: the router settles before the heads have found a detour
+ROUTER_RATE = 4             # times lr, for the router: heads go by domain on more seeds
 PRETRAINING, TRAINING, TEST = range(3)  # uses of the corpus; all methods see the same samples
 
 
