@@ -2,7 +2,7 @@
 """Do the heads of HydraLoRA specialise, and what are the router and the shared A worth?
 
     python train_toy.py             the experiment: a minute or so on a CPU
-    python train_toy.py --paper     the README's table, ten seeds: eight minutes on two cores
+    python train_toy.py --paper     the README's table, ten seeds: six to eight minutes on two cores
     python train_toy.py --cost      time and memory of the layer: half a minute
     python train_toy.py --tune      each method at each learning rate, on five seeds: a quarter hour
 
