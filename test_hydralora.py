@@ -338,17 +338,17 @@ class Problem:
         return torch.autocast(torch.device(DEVICE).type, dtype=self.dtypes.autocast or torch.half,
                               enabled=bool(self.dtypes.autocast))
 
-    expected = property(lambda self: solution(self.key, self.dtypes))
+    expected = property(lambda self: solution(self.key, self.group))
     allowed = property(lambda self: tolerance(self.key, self.group))
 
 def named(y, grads):
     return {"y": y} | {f"gradient of {name}": g for name, g in grads.items()}
 
 @functools.lru_cache(maxsize=None)
-def solution(case, dtypes, slow=None):
+def solution(case, group, slow=None):
     """quantity -> float64, from what the tensors hold after rounding. Where the NumPy loops are
     slow the loop in torch takes their place; a test holds it against them."""
-    p = Problem(case, next(group for group in GROUPS if GROUPS[group] == dtypes))
+    p = Problem(case, group)
     t = {name: None if a is None else p.tensor(name).detach().double().cpu()
          for name, a in numbers(case).items()}
     if slow or slow is None and math.prod(case.lead) * case.n <= 64:
@@ -449,7 +449,7 @@ def where(q, found, p):
 
 # ---- One call --------------------------------------------------------------------------------
 
-VALUES, GRADIENTS = [torch.no_grad, torch.inference_mode], [torch.enable_grad]
+MODES = dict(values=[torch.no_grad, torch.inference_mode], gradients=[torch.enable_grad])
 
 def demand(fact, message):
     if not fact:                # an assert would print the tensors too
@@ -533,7 +533,7 @@ def allowing(words):
 
 def calls_in_a_row(function, group, mode):
     inputs = small(group).inputs()
-    for now in (mode, *VALUES, mode):
+    for now in (mode, *MODES["values"], mode):
         for fields in ({}, dict(scaling=-0.5), dict(seed=1), dict(lead=(4, 7), seed=2), {}):
             p = small(group, **fields)
             found = result(function, p, now, None if "seed" in fields else inputs)
@@ -685,7 +685,6 @@ BOTH = [calls_in_a_row, tensor_changes, two_layers, nine_layers, generation, out
 ONLY_GRADIENTS = [backward_twice, autograd_grad, changed_before_backward, inner_tensors, each_need,
                   within_compile]
 STATES = {f.__name__.replace("_", "-"): f for f in BOTH + ONLY_GRADIENTS}
-MODES = dict(values=[torch.no_grad, torch.inference_mode], gradients=[torch.enable_grad])
 
 # ---- The oracle ------------------------------------------------------------------------------
 
@@ -1078,8 +1077,8 @@ def test_reference_by_hand_against_differences_and_the_loop_in_torch():
     for case in CASES.values():         # the two references
         if 0 < math.prod(case.lead) * case.n * (case.k + case.d) * case.r < 3e5:
             p = Problem(case, "float64")
-            fast = solution(p.key, p.dtypes, False)
-            for q, t in solution(p.key, p.dtypes, True).items():
+            fast = solution(p.key, p.group, False)
+            for q, t in solution(p.key, p.group, True).items():
                 assert q == "gradient of bias" and not case.bias or max(
                     errors(q, fast[q], p, t)) < 1e-12, (case, q)
 

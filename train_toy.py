@@ -201,8 +201,8 @@ class World:
 
 
 @torch.no_grad()
-def logits_of(top, data, gates=None):
-    return top(data.x, data.h, getattr(data, gates or "", None))            # (count, LENGTH, vocab)
+def logits_of(top, data, gates="router"):
+    return top(data.x, data.h, getattr(data, gates, None))            # (count, LENGTH, vocab)
 
 
 def accuracy(logits, data):
