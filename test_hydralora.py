@@ -1658,15 +1658,18 @@ def run_toy(toy, *options):
         patch.setattr(sys, "argv", ["train_toy.py", "--device", "cpu", *options])
         return toy.main()
 
-def test_toy_bayes_limit_by_hand(toy, world, monkeypatch):
-    monkeypatch.setattr(world, "frequencies", torch.full((3, toy.SYMBOLS), 1 / toy.SYMBOLS))
+def test_toy_world_by_hand(toy, world, monkeypatch):
     new = torch.stack([torch.arange(toy.SYMBOLS).roll(i) for i in range(3)])
-    tokens, domain, data_set = world.sample(20000, toy.TEST, new)
-    monkeypatch.setattr(world, "new", new)      # domains look alike, so the first symbol is a guess
-    expected = 100 * (1 - 2 / 3 / toy.LENGTH)   # among 3 ciphers, and then gives the cipher away
-    assert world.bayes_accuracy(tokens) == pytest.approx(expected, abs=0.3)
+    monkeypatch.setattr(world, "new", new)
+    own = torch.arange(toy.SYMBOLS) % 3 == torch.arange(3)[:, None]
+    for frequencies, limit in ((torch.ones(own.shape), 100 / 3), (own.float(), 100)):
+        monkeypatch.setattr(world, "frequencies", F.normalize(frequencies, p=1))
+        tokens, targets, domain, data_set = world.sample(20000, toy.TEST, new)
+        data = SimpleNamespace(tokens=tokens, targets=targets)      # domains alike, or none alike
+        assert world.bayes_accuracy(data) == pytest.approx(limit, abs=0.5)
+    assert torch.equal(targets, (tokens[:, :toy.LENGTH] - domain[:, None]) % toy.SYMBOLS)
     assert (data_set == domain).double().mean().item() == pytest.approx(0.9 + 0.1 / 3, abs=0.01)
-    logits = world.model(world.test.tokens[:, :-1])[:, toy.LENGTH:]
+    logits = world.model(world.test.tokens)[:, toy.LENGTH:]
     torch.testing.assert_close(toy.logits_of(world.top, world.test), logits)
 
 def test_toy_nmi_by_hand(toy):
