@@ -130,7 +130,7 @@ def adapt(top, seed, n, r, gates="router", whole=False):
 def train(model, inputs, targets, lr, what):
     """AdamW on OneCycle, cross-entropy at the last positions: targets (count, positions)."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0)   # 0.999: too slow
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0)   # 0.999 is slow here
     steps, start = len(targets) // BATCH, time.perf_counter()
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for step in range(steps):
@@ -192,7 +192,7 @@ class World:
         posterior = self.frequencies.log()[:, plain].sum(2).softmax(0)      # (domains, count)
         answers = F.one_hot(self.new[:, plain], SYMBOLS).float()            # of each domain
         votes = torch.einsum("dc,dcls->cls", posterior, answers)
-        return accuracy(votes, SimpleNamespace(targets=data.targets.cpu())).mean().item()
+        return accuracy(votes.to(self.device), data).mean().item()
 
 
 @torch.no_grad()
