@@ -1,8 +1,4 @@
 # SPDX-License-Identifier: MIT
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch", "numpy", "pytest"]
-# ///
 """An oracle for HydraLoRA, then the tests of hydralora.py in the order in which a reader asks.
 
 The oracle runs on any function with the signature of hydralora.hydralora_forward, and needs this
@@ -11,9 +7,8 @@ file and hydralora.py alone:
     HYDRALORA_IMPL=module:function python -m pytest test_hydralora.py -k oracle
 
 It runs on the GPU if there is one; HYDRALORA_DEVICE=cpu, cuda:1 ... chooses. `hydralora_layer`
-below shows how a layer takes part. A kernel without a backward is tested by its values alone, with
--k "oracle and values". Select what your code is made for by words, as in -k "oracle and 3d and not
-float64 and not empty":
+below shows how a layer takes part. Select what your code is made for by words, as in -k "oracle and
+values" for a kernel without a backward, or -k "oracle and 3d and not float64 and not empty":
 
     values, gradients   y where no gradient is asked for; y and the gradients of x, A, B and Wg
     1d, 2d, 3d, 4d, 5d  the number of axes of x
@@ -23,7 +18,7 @@ and by the group, which is a choice of dtypes. All cases and all states run in e
 
     float64     within 1e-10 of the equations
     float32     within 2e-5 and what a plain loop rounds: TF32 (6e-4) is too coarse, switch it off
-    bfloat16    within five times the rounding errors of a plain loop over the heads in bfloat16
+    bfloat16    within five times the rounding errors of a plain loop over the heads in that dtype
     half        the same in float16
     mixed       x, W0, bias bfloat16 and A, B, Wg float32; A, B, Wg may be cast to bfloat16
     autocast    all float32 under autocast to bfloat16; y may be float32 or bfloat16
@@ -34,73 +29,43 @@ and by the group, which is a choice of dtypes. All cases and all states run in e
 In 16 bits sums over chunks of tokens have to be added up in float32. W0 and bias may get no
 gradient, as of a frozen base; one that they do get is checked. No second derivatives are asked for.
 """
-import collections
 import concurrent.futures
 import contextlib
-import copy
 import functools
 import gc
-import importlib
-import importlib.util
 import itertools
-import json
 import math
 import os
-import pickle
 import pkgutil
-import random
-import re
-import subprocess
 import sys
 import threading
 import traceback
 import weakref
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-import hydralora
-from hydralora import (
-    HydraLoRALinear, Router, TinyConfig, TinyTransformer, export_lora, from_official_state_dict,
-    hook_gates, hydralora_delta, hydralora_forward, hydralora_layers, hydralora_state_dict,
-    inject_hydralora, load_hydralora_state_dict, mean_gates, merge_hydralora,
-    num_heads_from_corpus, record_gates, unmerge_hydralora)
 
 torch.set_num_threads(1)        # the tensors are small; more threads only get in each other's way
-HERE = Path(__file__).parent
 
-def read_settings(environment):
-    """The function and the device that are asked for; one clear line ends the run if that fails."""
-    asked = dict(HYDRALORA_IMPL="hydralora:hydralora_forward",
-                 HYDRALORA_DEVICE="cuda" if torch.cuda.is_available() else "cpu")
-    asked |= {name: value for name, value in environment.items() if name.startswith("HYDRALORA_")}
-    try:
-        name, device, *unknown = asked.values()
-        if unknown:
-            raise ValueError("only HYDRALORA_IMPL and HYDRALORA_DEVICE have a meaning")
-        sys.path.insert(0, os.getcwd())
-        function = pkgutil.resolve_name(name)
-        if not callable(function):
-            raise TypeError(f"expected module:function, got a {type(function).__name__}")
-        torch.ones(1, device=device).add(1).item()      # it is there and computes
-        return name, function, device
-    except Exception as error:
-        pytest.exit(f"{asked}: {type(error).__name__}: {error}", 2)
+def read_settings(HYDRALORA_IMPL="hydralora:hydralora_forward", HYDRALORA_DEVICE=None):
+    """The function and the device that the environment asks for."""
+    device = HYDRALORA_DEVICE or ("cuda" if torch.cuda.is_available() else "cpu")
+    sys.path.insert(0, os.getcwd())
+    function = pkgutil.resolve_name(HYDRALORA_IMPL)
+    if not callable(function):
+        raise TypeError(f"expected module:function, got a {type(function).__name__}")
+    torch.ones(1, device=device).add(1).item()      # it is there and computes
+    return HYDRALORA_IMPL, function, device
 
-NAME, IMPLEMENTATION, DEVICE = read_settings(os.environ)
-
-def has_products(dtype, device="cpu"):
-    """The first releases of PyTorch 2 have no float16 product on a CPU."""
-    try:
-        return bool(F.linear(*torch.ones(2, 2, 2, dtype=dtype, device=device)).all())
-    except RuntimeError:
-        return False
+ASKED = {name: value for name, value in os.environ.items() if name.startswith("HYDRALORA_")}
+try:
+    NAME, IMPLEMENTATION, DEVICE = read_settings(**ASKED)
+except Exception as error:      # one clear line ends the run
+    raise pytest.exit.Exception(f"{ASKED}: {type(error).__name__}: {error}", 2) from None
 
 # ---- The equations, twice --------------------------------------------------------------------
 # The reference is NumPy and plain loops, and uses nothing from hydralora.py.
@@ -144,14 +109,7 @@ def loop(x, W0, bias, A, B, Wg, scaling):
         y = y + (w[..., i, None] * F.linear(z, B[i]) * scaling).to(y.dtype)
     return y
 
-def as_one_product(x, W0, bias, A, B, Wg, scaling):
-    y, x = F.linear(x, W0, bias), x.to(A.dtype)
-    w, z = F.linear(x, Wg).softmax(-1), F.linear(x, A)
-    wz = (w.unsqueeze(-1) * z.unsqueeze(-2)).flatten(-2)
-    return y + (F.linear(wz, B.transpose(0, 1).flatten(1)) * scaling).to(y.dtype)
-
 # ---- What is checked: the cases --------------------------------------------------------------
-
 INPUTS = ("x", "W0", "bias", "A", "B", "Wg")
 ALL, ADAPTER = " ".join(INPUTS), "x A B Wg"     # what needs a gradient; ADAPTER: a frozen base
 
@@ -170,30 +128,16 @@ class Case:
     mean: float = 0.0           # of x and grad_y; not 0: sums over tokens grow large
     unit: float = 1.0           # x is larger by this, and W0, A and Wg are smaller
     gradient: float = 1.0       # size of grad_y
-    zero: str = ""              # what is 0: A, B, Wg, or the first "token" of x
+    zero: str = ""              # what is 0: B, or the first "token" of x
     seed: int = 0
     anew: str = ""              # these tensors are drawn from the next seed
-
-    @property
-    def axes(self):
-        return f"{len(self.lead) + 1}d"
-
-    def __str__(self):
-        layouts = ", ".join(f"{name} {layout}" for name, layout in self.layouts)
-        return (f"x {(*self.lead, self.k)}, d {self.d}, r {self.r}, n {self.n}, "
-                f"{'a' if self.bias else 'no'} bias, scaling {self.scaling:.4g}, logits "
-                f"{self.logits:g}, gradients for {self.needs or 'nothing'}, layouts: "
-                f"{layouts or 'all contiguous'}")
 
 CHOSEN = {
     "plain": Case(),
     # shapes at which code turns elsewhere, or axes can be mistaken
     "vector": Case(lead=()),
-    "token-each": Case(lead=(9, 1)),
-    "third-axis-n": Case(lead=(2, 3, 4)),
     "all-three": Case(lead=(3, 3), k=3, d=3, r=3, n=3),
     "empty-batch": Case(lead=(0, 5)),
-    "empty-rows": Case(lead=(2, 0), bias=False),
     "width-one": Case(k=1, d=1, r=1),
     "heads-odd": Case(lead=(2, 9), n=67, r=5, needs=ADAPTER),
     "thousands": Case(lead=(2, 2051), k=16, d=24, r=8, n=3, mean=1.0),  # sums far from 0
@@ -206,10 +150,7 @@ CHOSEN = {
     "small-scaling": Case(scaling=1 / 128),
     "large-scaling": Case(scaling=1e4),
     "heads-at-zero": Case(zero="B"),            # at the start of training
-    "shared-at-zero": Case(zero="A"),
-    "router-at-zero": Case(zero="Wg"),
     "token-at-zero": Case(zero="token"),        # padding, which has a gradient all the same
-    "peaked": Case(logits=8, n=6),
     "steep": Case(logits=200),                  # exp needs the maximum taken off
     "saturated": Case(lead=(4, 10), logits=1e4, n=3),
     "small-gradient": Case(gradient=2.0 ** -25),
@@ -229,75 +170,68 @@ LAYOUTS = {     # the axes that it takes, and how the numbers then lie
     "swapped": (3, lambda t: swapped(t, 0, 1)),                     # x from (t, b, k)
     "gaps": (3, lambda t: F.pad(t, (0, 0, 0, 1), value=GAP)[..., :-1, :]),
     "inner": (4, lambda t: swapped(t, -3, -2)),                     # from (b, heads, t, k)
-    "reversed": (2, lambda t: t.permute(*range(t.dim())[::-1]).contiguous().permute(
-        *range(t.dim())[::-1])),
-    # of x and grad_y alone
-    "first": (2, lambda t: t[:1].expand_as(t)),                     # one x for all
-    "each": (2, lambda t: t[:, :1].expand_as(t)),                   # one x for each sequence
+    "first": (2, lambda t: t[:1].expand_as(t)),                     # one x for all; from here on
+    "each": (2, lambda t: t[:, :1].expand_as(t)),                   # of x and grad_y alone
     "number": (1, lambda t: t.flatten()[0].expand(t.shape)),
 }
 EXPANDED = ("first", "each", "number")
 
 def draw_case(number):
-    """A case at random. Something is large, or of unequal kinds, in each, in turn."""
+    """A case at random; something is large, or of unequal kinds, in each, in turn."""
     rng = np.random.default_rng([2404, 19245, number])
     between = lambda low, high: int(rng.integers(low, high + 1))
     one_of = lambda *values: values[between(0, len(values) - 1)]
-    often = lambda probability: rng.random() < probability
-    whole = lambda: 64 * between(1, 3)                  # of tiles
-    odd = lambda: 2 * between(32, 130) + 1
+    whole, odd = lambda: 64 * between(1, 3), lambda: 2 * between(32, 80) + 1        # of tiles
     size = lambda: one_of(between(1, 40), between(1, 40), whole(), odd())
-    sizes = dict(k=size(), d=size(), r=one_of(between(1, 24), 8, 16, 48), n=between(1, 8),
-                 tokens=one_of(between(1, 30), whole(), odd()), axes=between(1, 5))
-    few, small = between(3, 8), dict(n=between(1, 4), r=between(1, 16), axes=between(2, 3))
+    few, huge, little = between(3, 8), between(8193, 20000), dict(n=between(1, 4), r=between(1, 24))
+    sizes = dict(k=size(), d=size(), r=one_of(between(1, 15), between(17, 47), 8, 16),
+                 n=between(1, 8), tokens=one_of(between(1, 30), whole(), odd()),
+                 sequences=between(1, 3), axes=between(1, 5))
     sizes |= [
-        lambda: small | dict(k=whole(), d=whole(), tokens=odd(), axes=3),
-        lambda: small | dict(k=odd(), d=odd(), tokens=whole(), axes=3),
-        lambda: dict(k=whole(), d=odd()),
-        lambda: dict(k=odd(), d=whole()),
-        lambda: dict(r=32 * between(1, 4), d=sizes["k"]),
-        lambda: dict(n=between(9, 36), d=between(1, 40)),
-        lambda: dict(n=between(17, 36), r=64, d=between(1, 40), tokens=few),
-        lambda: small | dict(k=between(8193, 14400), d=between(1, 12), tokens=few),
-        lambda: small | dict(d=between(8193, 14400), k=between(1, 12), tokens=few, r=between(1, 4)),
-        lambda: small | dict(tokens=between(8193, 9999), k=few, d=few + 1, axes=2),
-        lambda: dict(sequences=between(33, 80), k=between(1, 100), axes=3),
-        lambda: dict(sequences=between(1, 80), axes=3, tokens=1),
-    ][number % 12]()
-    k, d, r, n, tokens, axes = (sizes[name] for name in ("k", "d", "r", "n", "tokens", "axes"))
-    if tokens * k * (d + n * r) > 8e6 or "sequences" in sizes:
-        tokens = min(tokens, few)            # so that a call takes milliseconds
-    lead = {1: (), 2: (tokens,), 3: (sizes.get("sequences", between(1, 3)), tokens)}.get(
-        axes, (*(between(1, 3) for _ in range(axes - 2)), math.ceil(tokens / 4)))
-    layouts, share = {}, one_of(0, 0.5, 0.5)
+        little | dict(k=whole(), d=whole(), tokens=odd(), axes=3),
+        little | dict(k=odd(), d=odd(), tokens=whole(), axes=3),
+        dict(k=whole(), d=odd()),
+        dict(k=odd(), d=whole()),
+        dict(r=32 * between(1, 4), d=sizes["k"]),
+        dict(n=between(9, 36), d=between(1, 40)),
+        dict(n=between(17, 36), r=64, d=between(1, 40), tokens=few),
+        little | dict(k=huge, d=between(1, 12), tokens=few, axes=between(1, 3)),
+        little | dict(d=huge, k=between(1, 12), tokens=few, r=between(1, 4), axes=between(2, 3)),
+        little | dict(tokens=huge // 2 + 4096, k=few, d=few + 1, axes=2),
+        dict(sequences=between(33, 80), k=between(1, 100), tokens=few, axes=3),
+        dict(sequences=between(1, 80), tokens=1, axes=3),
+    ][number % 12]
+    k, d, r, n, tokens, sequences, axes = sizes.values()
+    lead = (between(1, 3), between(1, 3), sequences, tokens)[5 - axes:]
+    if math.prod(lead) * k * (d + n * r) > 1.2e7:
+        lead = (*lead[:-1], few)        # so that a call takes milliseconds
+    layouts, share = {}, one_of(0, 0.6, 0.9)
     for name, dims in dict(W0=2, bias=1, A=2, B=3, Wg=2, x=axes, grad_y=axes).items():
-        fitting = [layout for layout, (least, _) in LAYOUTS.items()
-                   if least <= dims and (layout not in EXPANDED or name == "grad_y")]
-        if often(share):
+        fitting = [word for word, (least, _) in LAYOUTS.items()
+                   if least <= dims and (word not in EXPANDED or name in ("x", "grad_y"))]
+        if rng.random() < share:
             layouts[name] = one_of(*fitting)
-    some = " ".join(name for name in INPUTS if often(0.5))
-    return Case(lead, k, d, r, n, bias=often(0.7), scaling=one_of(2, 0.5, *rng.normal(size=3)),
-                logits=one_of(0.5, 1.0, 1.0, 2.0), needs=one_of(ALL, ADAPTER, ADAPTER, some),
-                layouts=tuple(layouts.items()), seed=number)
+    some = " ".join(name for name in INPUTS if rng.random() < 0.5)
+    return Case(lead, k, d, r, n, rng.random() < 0.7, one_of(2, 0.5, *rng.normal(size=3)),
+                one_of(0.5, 1.0, 1.0, 2.0), one_of(ALL, ADAPTER, ADAPTER, some),
+                tuple(layouts.items()), seed=number)
 
 DRAWN = {f"drawn-{number:02}": draw_case(number) for number in range(48)}
 CASES = CHOSEN | DRAWN
 
-
-Group = collections.namedtuple("Group", "x base adapter autocast", defaults=[None])
 GROUPS = {  # word for -k: the dtypes of x; of W0 and bias; of A, B and Wg; and autocast's
-    "float64": Group(torch.float64, torch.float64, torch.float64),
-    "float32": Group(torch.float32, torch.float32, torch.float32),
-    "bfloat16": Group(torch.bfloat16, torch.bfloat16, torch.bfloat16),
-    "half": Group(torch.float16, torch.float16, torch.float16),
-    "mixed": Group(torch.bfloat16, torch.bfloat16, torch.float32),
-    "autocast": Group(torch.float32, torch.float32, torch.float32, torch.bfloat16),
-    "autofp16": Group(torch.float32, torch.float32, torch.float32, torch.float16),
-    "automix": Group(torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16),
-    "autonorm": Group(torch.float32, torch.bfloat16, torch.float32, torch.bfloat16),
+    "float64": (torch.float64, torch.float64, torch.float64, None),
+    "float32": (torch.float32, torch.float32, torch.float32, None),
+    "bfloat16": (torch.bfloat16, torch.bfloat16, torch.bfloat16, None),
+    "half": (torch.float16, torch.float16, torch.float16, None),
+    "mixed": (torch.bfloat16, torch.bfloat16, torch.float32, None),
+    "autocast": (torch.float32, torch.float32, torch.float32, torch.bfloat16),
+    "autofp16": (torch.float32, torch.float32, torch.float32, torch.float16),
+    "automix": (torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16),
+    "autonorm": (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16),
 }
 
-@functools.lru_cache(maxsize=32)
+@functools.cache
 def numbers(case):
     """The tensors of a case, as NumPy arrays in float64."""
     c, small, arrays = case, 1 / (case.k**0.5 * case.unit), {}
@@ -315,42 +249,41 @@ class Problem:
     """A case in a group: its tensors, what the equations give, and how far off one may be."""
 
     def __init__(self, case, group):
-        self.case, self.group, self.dtypes = case, group, GROUPS[group]
-        self.low = self.dtypes.autocast or self.dtypes.x        # the dtype that y may have
+        x, W0, A, self.autocast = GROUPS[group]
+        self.case, self.group, self.low = case, group, self.autocast or x   # low: y's, or float32
+        self.dtypes = dict(x=x, W0=W0, bias=W0, A=A, B=A, Wg=A, grad_y=self.low)
         # The numbers do not depend on needs, or on most layouts: results are found again.
         self.key = replace(case, needs=ALL, layouts=tuple(
             (name, layout) for name, layout in case.layouts if layout in EXPANDED))
 
+    expected = property(lambda self: solution(self.key, self.group))
+    allowed = property(lambda self: tolerance(self.key, self.group))
+
     def tensor(self, name):
         """One of the tensors, made anew."""
-        array, (x, base, adapter, _) = numbers(self.case)[name], self.dtypes
+        array = numbers(self.case)[name]
         if array is None:
             return None
-        dtype = dict(x=x, W0=base, bias=base, grad_y=self.low).get(name, adapter)
         _, lay = LAYOUTS.get(dict(self.case.layouts).get(name), (0, lambda t: t))
-        t = lay(torch.from_numpy(array).to(DEVICE, dtype, copy=True))
+        t = lay(torch.from_numpy(array).to(DEVICE, self.dtypes[name], copy=True))
         return t.requires_grad_(name in self.case.needs.split())
 
     def inputs(self):
         return {name: self.tensor(name) for name in INPUTS}
 
-    def autocast(self):
-        return torch.autocast(torch.device(DEVICE).type, dtype=self.dtypes.autocast or torch.half,
-                              enabled=bool(self.dtypes.autocast))
-
-    expected = property(lambda self: solution(self.key, self.group))
-    allowed = property(lambda self: tolerance(self.key, self.group))
-
 def named(y, grads):
     return {"y": y} | {f"gradient of {name}": g for name, g in grads.items()}
 
-@functools.lru_cache(maxsize=None)
+def as_float64(found, copy=False):
+    return {q: None if t is None else t.detach().to("cpu", torch.float64, copy=copy)
+            for q, t in found.items()}
+
+@functools.cache
 def solution(case, group, slow=None):
     """quantity -> float64, from what the tensors hold after rounding. Where the NumPy loops are
     slow the loop in torch takes their place; a test holds it against them."""
     p = Problem(case, group)
-    t = {name: None if a is None else p.tensor(name).detach().double().cpu()
-         for name, a in numbers(case).items()}
+    t = as_float64({name: p.tensor(name) for name in (*INPUTS, "grad_y")})
     if slow or slow is None and math.prod(case.lead) * case.n <= 64:
         y, grads = reference(**{name: v if v is None else v.numpy() for name, v in t.items()},
                              scaling=case.scaling)
@@ -361,70 +294,52 @@ def solution(case, group, slow=None):
     return named(y.detach(), {name: v.grad for name, v in leaves.items()})
 
 # ---- What is allowed -------------------------------------------------------------------------
-
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def tolerance(case, group):
     """quantity -> the largest errors, as `errors` gives them.
 
-    1e-10 in float64. Else 5 times those of the plain loop in the same dtypes, or of one product for
-    all heads if that rounds more (few numbers may be lucky), or 4 roundings, and 2e-5; for a row or
-    column 8 times, or 6 roundings, and 5e-5. TF32 is off by 6e-4. Why 5: m partial sums that are
-    added up in a low dtype are off by about sqrt(m / 3) of its roundings. Over the 4102 tokens of
-    "thousands" in bfloat16, right functions that work in 32 chunks of tokens, and leave the sum to
-    autograd, reach 4 times the loop's error, and in 256 chunks 9 to 13 times.
-    """
+    1e-10 in float64. Else 5 times those of the plain loop in the same dtypes, or 4 roundings, and
+    2e-5; for a row or column 12 times, or 8 roundings, and 5e-5. TF32 is off by 6e-4. Half of this
+    is reached by taking the tokens in 32 chunks, and leaving the sum over them to autograd in 16
+    bits; in 128 chunks some cases fail, in 512 many."""
     p = Problem(case, group)
     if group == "float64":
         return dict.fromkeys(p.expected, (1e-10,) * 3)
-
-    def in_low_dtype(form, x, W0, bias, A, B, Wg, scaling):
-        adapter = [t.to(p.low) if group == "mixed" else t for t in (A, B, Wg)]
-        return form(x, W0, bias, *adapter, scaling)
-
-    measured = [{q: errors(q, t, p) for q, t in as_float64(result(
-        functools.partial(in_low_dtype, form), p)).items()} for form in (loop, as_one_product)]
-    eps, allowed = torch.finfo(p.low).eps, {}
-    for q in measured[0]:
-        whole, row, column = map(max, *(each[q] for each in measured))
-        allowed[q] = [max(5 * whole, 4 * eps) + 2e-5, max(8 * row, 6 * eps) + 5e-5,
-                      max(8 * column, 6 * eps) + 5e-5]
-    return allowed
+    in_16_bits = Problem(case, "bfloat16") if group == "mixed" else p      # A, B, Wg may be cast
+    factors, eps = ((5, 4, 2e-5), (12, 8, 5e-5), (12, 8, 5e-5)), torch.finfo(p.low).eps
+    return {q: [max(times * error, roundings * eps) + least for error, (times, roundings, least)
+                in zip(errors(q, t, p), factors)]
+            for q, t in as_float64(result(loop, in_16_bits)).items()}
 
 def errors(q, found, p, right=None):
     """How far a quantity is off: altogether, in its worst row (one token), in its worst column.
 
-    Norms, relative to that of what is right, or to an average row or column of it, or where that is
-    smaller relative to 1 (for gradients, in units of grad_y). No gradient counts as 0.
-    """
+    Norms, relative to what is right, or to 1 (for gradients in units of grad_y) where that is
+    smaller; of a row or column, relative to an average one. No gradient counts as 0."""
     right, c = p.expected[q] if right is None else right, p.case
-    off = torch.atleast_2d((0 if found is None else found) - right).flatten(0, -2)
-    if not off.numel():
+    squares = torch.atleast_2d((0 if found is None else found) - right).flatten(0, -2).square()
+    if not squares.numel():
         return [0.0] * 3
     least = {"y": 1, "gradient of x": c.gradient / c.unit}.get(q, c.gradient)
-    size = max(right.norm().item(), least)
-    return [(norm / size).item() for norm in (
-        off.norm(), off.norm(dim=1).max() * len(off)**0.5,
-        off.norm(dim=0).max() * off.shape[1]**0.5)]
-
-def as_float64(found, copy=False):
-    return {q: None if t is None else t.detach().to("cpu", torch.float64, copy=copy)
-            for q, t in found.items()}
+    size, (rows, columns) = max(right.norm().item(), least), squares.shape
+    return [square.nan_to_num(math.inf).item()**0.5 / size for square in (
+        squares.sum(), squares.sum(1).max() * rows, squares.sum(0).max() * columns)]
 
 def must_be_right(found, p, moment="", known=()):
     """Fails with what is wrong, where, by how much, what is right, and what known mistake it is."""
-    found, wrong, known = as_float64(found), {}, dict(known)
-    for q in found:
-        measured = list(zip(errors(q, found[q], p), p.allowed[q], (
-            "", " in the worst of its rows", " in the worst of its columns")))
-        if over := [m for m in measured if not m[0] <= m[1]]:           # nan too
-            wrong[q] = over[0]
+    found, wrong = as_float64(found), {}
+    for q, t in found.items():
+        excess, *worst = max((error / allowed, error, allowed, place) for error, allowed, place in
+                             zip(errors(q, t, p), p.allowed[q], ("", " of a row", " of a column")))
+        if excess > 1:
+            wrong[q] = excess, *worst
     if not wrong:
         return
-    first = min(wrong, key=lambda q: (q != "y", -wrong[q][0] / wrong[q][1]))
-    error, allowed, place = wrong[first]
+    first = "y" if "y" in wrong else max(wrong, key=wrong.get)
+    _, error, allowed, place = wrong[first]
     right = ", ".join(q for q in found if q not in wrong) or "nothing"
-    lines = [f"{moment}{first} {'is missing' if found[first] is None else 'is wrong'}, error "
-             f"{error:.2g}{place}, allowed {allowed:.2g}{where(first, found[first], p)}",
+    lines = [f"{moment}{first} {'is missing' if found[first] is None else 'is wrong'}, error"
+             f"{place} {error:.2g}, allowed {allowed:.2g}{where(first, found[first], p)}",
              f"wrong: {', '.join(wrong)}; right: {right}", str(p.case)]
     if names := [name for name in known if error > 3 * allowed and is_mistake(
             known[name], found, p)]:
@@ -432,7 +347,7 @@ def must_be_right(found, p, moment="", known=()):
     elif p.group == "float32" and error < 5e-3:
         lines += ["errors of this size come from TF32 (torch.backends.cuda.matmul.allow_tf32, "
                   "input_precision in Triton) or from 16 bits on the way"]
-    elif p.low.itemsize == 2 and first[-1] in "AB0sg" and error < 9 * allowed:
+    elif p.low.itemsize == 2 and first not in ("y", "gradient of x") and error < 9 * allowed:
         lines += ["sums over tokens have to be added up in float32, also over chunks of them"]
     raise AssertionError("\n".join(lines))
 
@@ -443,17 +358,16 @@ def where(q, found, p):
     wrong = (~(off * len(off)**0.5 <= p.allowed[q][1] * right.norm())).nonzero().flatten().tolist()
     if not 0 < len(wrong) < len(off):
         return ""
-    index = ", ".join(str(i) for i in np.unravel_index(wrong[0], right.shape[:-1]))
-    return (f"; {len(wrong)} of {len(off)} {'tokens' if q in ('y', 'gradient of x') else 'rows'}, "
-            f"first ({index})")
+    rows = "tokens" if q in ("y", "gradient of x") else "rows"
+    first = tuple(int(i) for i in np.unravel_index(wrong[0], right.shape[:-1]))
+    return f"; {len(wrong)} of {len(off)} {rows}, first {first}"
 
 # ---- One call --------------------------------------------------------------------------------
-
 MODES = dict(values=[torch.no_grad, torch.inference_mode], gradients=[torch.enable_grad])
 
-def demand(fact, message):
+def demand(p, fact, message):
     if not fact:                # an assert would print the tensors too
-        raise AssertionError(message)
+        raise AssertionError(f"{message}\n{p.case}")
 
 def surroundings():
     """What a call has to leave as it is."""
@@ -464,32 +378,31 @@ def surroundings():
 
 def unchanged(run, moment):
     for name, (t, flag) in run.before.items():
-        now = run.inputs[name]
-        demand(now.requires_grad == flag and torch.equal(now.detach().nan_to_num(), t.nan_to_num()),
+        now = run.inputs[name].detach()
+        same = torch.equal(now, t) or torch.equal(now.nan_to_num(), t.nan_to_num())
+        demand(run.p, same and run.inputs[name].requires_grad == flag,
                f"{name}, or its requires_grad, was changed in place {moment}")
 
 def forward(function, p, inputs=None, mode=torch.enable_grad):
     """Calls the function; fails unless what holds for every y holds."""
-    inputs = p.inputs() if inputs is None else inputs
-    tensors = {name: t for name, t in inputs.items() if t is not None}
-    for t in tensors.values():
-        if t.is_leaf:
-            t.grad = None
-    before = {name: (t.detach().clone(), t.requires_grad) for name, t in tensors.items()}
-    with p.autocast(), mode():
+    inputs, autocast, before = inputs or p.inputs(), p.autocast, {}
+    for name, t in inputs.items():
+        if t is not None:
+            t.grad, before[name] = None, (t.detach().clone(), t.requires_grad)
+    with torch.autocast(torch.device(DEVICE).type, autocast or torch.half, bool(autocast)), mode():
         around = surroundings()
         y = function(*inputs.values(), p.case.scaling)
         now = surroundings()
-    demand(around == now, f"the call has changed the surroundings: {around} are now {now}")
-    shape, dtypes = (*p.case.lead, p.case.d), {p.low, torch.float32 if p.dtypes.autocast else p.low}
-    demand(isinstance(y, torch.Tensor), f"expected one tensor, got {type(y).__name__}")
-    demand(y.shape == shape, f"expected y of shape {shape}, got {tuple(y.shape)}")
-    demand(y.dtype in dtypes, f"expected y of {dtypes}, got {y.dtype}")
-    asked = mode is torch.enable_grad and any(t.requires_grad for t in tensors.values())
-    demand(asked or not y.requires_grad, "y requires a gradient where none is asked for")
-    demand(y.requires_grad or not asked, 'y has no gradient. Test values alone with -k "oracle and '
-           'values". Or were the weights copied into a layer? See hydralora_layer')
-    demand(mode is torch.inference_mode or not y.is_inference(), "y is an inference tensor")
+    demand(p, around == now, f"the call has changed the surroundings: {around} are now {now}")
+    shape, dtypes = (*p.case.lead, p.case.d), {p.low, torch.float32 if autocast else p.low}
+    demand(p, isinstance(y, torch.Tensor), f"expected one tensor, got {type(y).__name__}")
+    demand(p, y.shape == shape, f"expected y of shape {shape}, got {tuple(y.shape)}")
+    demand(p, y.dtype in dtypes, f"expected y of {dtypes}, got {y.dtype}")
+    asked = mode is torch.enable_grad and any(flag for _, flag in before.values())
+    demand(p, asked or not y.requires_grad, "y requires a gradient where none is asked for")
+    demand(p, y.requires_grad or not asked, 'y has no gradient. Test values alone with -k "oracle '
+           'and values". Or were the weights copied into a layer? See hydralora_layer')
+    demand(p, mode is torch.inference_mode or not y.is_inference(), "y is an inference tensor")
     run = SimpleNamespace(p=p, y=y, inputs=inputs, before=before, mode=mode,
                           grad_y=p.tensor("grad_y").to(y.dtype))
     unchanged(run, "by the call")
@@ -504,16 +417,8 @@ def backward(run, **how):
                          if run.mode is torch.enable_grad and name in run.p.case.needs.split()
                          and (name not in ("W0", "bias") or run.inputs[name].grad is not None)})
 
-def result(function, p, mode=torch.enable_grad, inputs=None):
+def result(function, p, inputs=None, mode=torch.enable_grad):
     return backward(forward(function, p, inputs, mode))
-
-def check_by_hand(function):
-    """The case in hydralora_forward's docstring: gates 3/4 and 1/4, y = (23, 28)."""
-    t = lambda *rows: torch.tensor(rows, dtype=torch.float32, device=DEVICE)
-    y = function(t([[1, 2]]), t([1, 0], [0, 1]), t(10, 20), t([1, 1]), t([[1], [2]], [[5], [-2]]),
-                 t([math.log(3), 0], [0, 0]), 2.0)
-    demand(y.shape == (1, 1, 2) and torch.allclose(y, t([[23, 28]]), rtol=0, atol=1e-4),
-           f"y is wrong: expected ((23, 28)), got {y.tolist()}")
 
 # ---- States: what calls must not leave behind, and autograd's other doors --------------------
 # Each yields a problem, what was found, and at what moment. All is compared at the end, so that
@@ -522,22 +427,18 @@ def check_by_hand(function):
 def small(group, **fields):
     return Problem(Case(**fields), group)
 
-@contextlib.contextmanager
-def allowing(words):
-    """PyTorch's own error is as good as being right."""
-    try:
-        yield
-    except RuntimeError as error:
-        if words not in str(error):
-            raise
-
 def calls_in_a_row(function, group, mode):
-    inputs = small(group).inputs()
+    """Two layers in turn, other x, one token after a sequence; tensors made in inference mode."""
+    with mode():
+        inputs = small(group).inputs()
     for now in (mode, *MODES["values"], mode):
-        for fields in ({}, dict(scaling=-0.5), dict(seed=1), dict(lead=(4, 7), seed=2), {}):
+        for fields in ({}, dict(scaling=-0.5), dict(anew="W0 bias A B Wg", scaling=0.4), {},
+                       dict(anew="x"), dict(lead=(4, 7), anew=ALL), {}, dict(lead=(2, 1)),
+                       dict(lead=(2, 1), anew="x"), dict(lead=(1,)), {}):
             p = small(group, **fields)
-            found = result(function, p, now, None if "seed" in fields else inputs)
-            yield p, found, f"a later call, {now.__name__}: "
+            other = p.case.anew.split() + ["x"] * ("lead" in fields)
+            found = result(function, p, inputs | {name: p.tensor(name) for name in other}, now)
+            yield p, found, f"a later call, {now.__name__}, now {fields}: "
 
 def tensor_changes(function, group, mode):
     """Between calls, in place as an optimizer does it, and by .data, which leaves no trace."""
@@ -546,16 +447,7 @@ def tensor_changes(function, group, mode):
         inputs = small(group, needs=needs).inputs()
         forward(function, small(group, needs=needs), inputs, mode)
         (inputs[name].data if data else inputs[name].detach()).copy_(p.tensor(name).detach())
-        yield p, result(function, p, mode, inputs), f"{name}{data} was changed in place before: "
-
-def two_layers(function, group, mode):
-    """In turn, as in a model; also one layer on two x, and two layers on one x."""
-    for anew in ("W0 bias A B Wg", "x", ALL):
-        other = small(group, anew=anew, scaling=1.75 if anew == "x" else 0.4)
-        inputs = small(group).inputs()
-        for p in (small(group), other) * 2:
-            mine = inputs | {name: p.tensor(name) for name in p.case.anew.split()}
-            yield p, result(function, p, mode, mine), f"two layers in turn, other {anew}: "
+        yield p, result(function, p, inputs, mode), f"{name}{data} was changed in place before: "
 
 def nine_layers(function, group, mode):
     for order in (1, -1):
@@ -565,63 +457,53 @@ def nine_layers(function, group, mode):
         for run in runs[::order]:
             yield run.p, backward(run), "nine forwards, then nine backwards: "
 
-def generation(function, group, mode):
-    """A sequence, then one token at a time; the weights may have been made in inference mode."""
-    with mode():
-        weights = small(group).inputs()
-    for lead, anew in (((2, 5), ""), ((2, 1), ""), ((2, 1), "x"), ((1,), ""), ((2, 6), "x")):
-        p = small(group, lead=lead, anew=anew)
-        inputs = weights | {"x": p.tensor("x")}
-        yield p, result(function, p, mode, inputs), f"the same weights, now {lead} tokens: "
-
 def output_changes(function, group, mode):
     """y changed in place after the call, as in y *= 2: right gradients, or PyTorch's error."""
     run = forward(function, small(group), mode=mode)
-    with allowing("inplace"), mode():
+    with contextlib.suppress(RuntimeError), mode():
         run.y.mul_(2)
         unchanged(run, "with y")
         if mode is torch.enable_grad:
             halved = {q: t if t is None else t / 2 for q, t in backward(run).items()}
             yield run.p, halved, "y changed in place, then backward: "
-    yield run.p, result(function, run.p, mode, run.inputs), "an earlier y was changed in place: "
+    yield run.p, result(function, run.p, run.inputs, mode), "an earlier y was changed in place: "
 
 def nan_stays(function, group, mode):
     """In its token or its output, and in the gradients that sum over tokens."""
+    p = small(group)
     for name, index, reached in (
             ("x", (0, 1, 0), (0, 1)), ("W0", (2, 0), (..., 2)), ("bias", 2, (..., 2)),
             ("A", (0, 0), ...), ("B", (0, 2, 0), (..., 2)), ("Wg", (0, 0), ...)):
-        p = small(group)
         inputs = p.inputs()
         inputs[name].data[index] = math.nan
-        found, moment = as_float64(result(function, p, mode, inputs), True), f"nan in {name}: "
-        demand(found["y"][reached].isnan().all(), f"{moment}y is not nan there")
+        found, moment = as_float64(result(function, p, inputs, mode), True), f"nan in {name}: "
+        demand(p, found["y"][reached].isnan().all(), f"{moment}y is not nan there")
         found["y"][reached] = p.expected["y"][reached]
         yield p, {"y": found["y"]}, f"{moment}the rest: "
-        if mode is torch.enable_grad and name in ("x", "Wg"):
-            for q in ("gradient of A", "gradient of B", "gradient of Wg"):
-                demand(not found[q].isfinite().all(), f"{moment}{q} is finite")
+        if name in ("x", "Wg"):
+            finite = [q for q, t in found.items() if q[-1] in "ABg" and t.isfinite().all()]
+            demand(p, not finite, f"{moment}finite: {', '.join(finite)}")
 
 def random_state(function, group, mode):
     """A call may use random numbers, but may not set the generators to a state of its own."""
-    after = []
+    after, p = [], small(group)
     for seed in (1, 2):
-        torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
-        yield small(group), result(function, small(group), mode), ""
-        after += [(torch.randn(9).sum(), torch.randn(9, device=DEVICE).sum(), np.random.random(),
-                   random.random())]
-    demand(all(a != b for a, b in zip(*after)), "the call has set the random state")
+        torch.manual_seed(seed), np.random.seed(seed)
+        yield p, result(function, p, mode=mode), ""
+        after += [(torch.randn(1), torch.randn(1, device=DEVICE), np.random.random())]
+    demand(p, all(a != b for a, b in zip(*after)), "the call has set the random state")
 
 def nothing_kept(function, group, mode):
     """x, y and with them the graph are given back with the last reference to them."""
-    run = forward(function, small(group), mode=mode)
-    yield run.p, as_float64(backward(run), copy=True), ""
-    kept = {name: weakref.ref(t.untyped_storage()) for name, t in (
-        ("x", run.inputs["x"]), ("y", run.y))}
+    p = small(group)
+    run = forward(function, p, mode=mode)
+    yield p, as_float64(backward(run), copy=True), ""
+    kept = weakref.WeakValueDictionary(x=run.inputs["x"].untyped_storage(),
+                                       y=run.y.untyped_storage())
     del run
-    if any(alive() is not None for alive in kept.values()):
+    if kept:
         gc.collect()
-    kept = [name for name, alive in kept.items() if alive() is not None]
-    demand(not kept, f"{' and '.join(kept)} kept alive after the call")
+    demand(p, not kept, f"{' and '.join(kept)} kept alive after the call")
 
 def two_threads(function, group, mode):
     barrier = threading.Barrier(2, timeout=60)
@@ -635,67 +517,57 @@ def two_threads(function, group, mode):
         yield from pool.map(work, (0, 1))
 
 def within_compile(function, group, mode):
-    with allowing("not"):       # supported, on this Python or system
-        compiled = torch.compile(lambda *inputs: function(*inputs), backend="eager")
-        yield small(group), result(compiled, small(group), mode), "under torch.compile: "
-
-# With gradients alone:
+    compiled = torch.compile(lambda *inputs: function(*inputs), backend="eager")
+    with contextlib.suppress(RuntimeError):         # PyTorch does not compile everything
+        yield small(group), result(compiled, small(group)), "under torch.compile: "
 
 def backward_twice(function, group, mode):
     run = forward(function, small(group))
     for count in (1, 2):
-        with allowing("donated buffer"):
+        with contextlib.suppress(RuntimeError):     # compiled code may refuse the second
             found = backward(run, retain_graph=True)
             yield run.p, {q: t if q == "y" or t is None else t / count for q, t in found.items()}, (
                 f"gradients of {count} backwards added up: ")
 
 def autograd_grad(function, group, mode):
-    run = forward(function, small(group, needs=ADAPTER))
-    leaves = {name: run.inputs[name] for name in ADAPTER.split()}
-    grads = torch.autograd.grad(run.y, list(leaves.values()), run.grad_y)
-    demand(all(t.grad is None for t in leaves.values()), "torch.autograd.grad has set .grad")
-    yield run.p, named(run.y, dict(zip(leaves, grads))), "torch.autograd.grad: "
+    """It leaves .grad alone; what is passed here is computed from the parameters."""
+    leaves, p = small(group).inputs(), small(group, needs=ADAPTER)
+    run = forward(function, p, {name: t * 1.0 for name, t in leaves.items()})
+    grads = torch.autograd.grad(run.y, [leaves[name] for name in ADAPTER.split()], run.grad_y)
+    demand(p, all(t.grad is None for t in leaves.values()), "torch.autograd.grad has set .grad")
+    yield p, named(run.y, dict(zip(ADAPTER.split(), grads))), "torch.autograd.grad: "
 
 def changed_before_backward(function, group, mode):
     """Right gradients, or PyTorch's error about a tensor that was modified."""
     for name in ("x", "W0", "A", "B", "Wg"):
         run = forward(function, small(group))
         run.before[name][0].copy_(run.inputs[name].detach().mul_(2))
-        with allowing("inplace"):
+        with contextlib.suppress(RuntimeError):
             yield run.p, backward(run), f"{name} changed between forward and backward: "
-
-def inner_tensors(function, group, mode):
-    """What is passed is computed from the parameters."""
-    inputs = small(group).inputs()
-    run = forward(function, small(group), {name: t * 1.0 for name, t in inputs.items()})
-    run.inputs = inputs
-    yield run.p, backward(run), "tensors that are no leaves: "
 
 def each_need(function, group, mode):
     """Every choice of what needs a gradient; and each alone at a size where code has tiles."""
     real = dict(lead=(2, 33), k=96, d=80, r=16, n=8)
     for chosen in itertools.product((0, 1), repeat=6):
-        needs = " ".join(itertools.compress(INPUTS, chosen))
-        p = small(group, needs=needs, **(real if sum(chosen) == 1 else {}))
+        p = small(group, needs=" ".join(itertools.compress(INPUTS, chosen)),
+                  **(real if sum(chosen) == 1 else {}))
         yield p, result(function, p), ""
 
-
-BOTH = [calls_in_a_row, tensor_changes, two_layers, nine_layers, generation, output_changes,
-        nan_stays, random_state, nothing_kept, two_threads]
-ONLY_GRADIENTS = [backward_twice, autograd_grad, changed_before_backward, inner_tensors, each_need,
-                  within_compile]
-STATES = {f.__name__.replace("_", "-"): f for f in BOTH + ONLY_GRADIENTS}
+ONLY_GRADIENTS = [within_compile, backward_twice, autograd_grad, changed_before_backward, each_need]
+STATES = {f.__name__.replace("_", "-"): f for f in (
+    calls_in_a_row, tensor_changes, nine_layers, output_changes, nan_stays, random_state,
+    nothing_kept, two_threads, *ONLY_GRADIENTS)}
 
 # ---- The oracle ------------------------------------------------------------------------------
-
-def runs(part, word, group):
-    """Whether a case or state is asked for in a group, and can be."""
-    return not (word in TOO_LARGE_FOR_FLOAT16 and group in ("half", "autofp16") or
-                part == "values" and STATES.get(word) in ONLY_GRADIENTS or
-                not all(has_products(dtype, DEVICE) for dtype in set(GROUPS[group]) - {None}))
+def has_products(dtype):
+    """The first releases of PyTorch 2 have no float16 product on a CPU."""
+    with contextlib.suppress(RuntimeError):
+        return bool(F.linear(*torch.ones(2, 2, 2, dtype=dtype, device=DEVICE)).all())
 
 CHECKS = [(part, word, group) for word in [*CASES, *STATES] for part in MODES for group in GROUPS
-          if runs(part, word, group)]
+          if not (word in TOO_LARGE_FOR_FLOAT16 and group in ("half", "autofp16"))
+          and not (part == "values" and STATES.get(word) in ONLY_GRADIENTS)
+          and all(map(has_products, filter(None, GROUPS[group])))]
 
 def check(function, part, word, group, known=()):
     if "torch._dynamo" in sys.modules:      # it gives up in silence after a few shapes
@@ -705,37 +577,49 @@ def check(function, part, word, group, known=()):
             found = list(STATES[word](function, group, mode))
         else:
             p = Problem(CASES[word], group)
-            found = [(p, result(function, p, mode), "")]
+            found = [(p, result(function, p, mode=mode), "")]
         for p, quantities, moment in found:
             must_be_right(quantities, p, f"{mode.__name__}, {moment}", known)
 
-def ask(what, group, check, *arguments):
-    """Runs a check; if it fails, the test fails with a message instead of a traceback."""
+@pytest.mark.parametrize("part, word, group", [pytest.param(
+    *one, id="{}-{}d-{}-{}".format(one[0], len(CASES.get(one[1], Case()).lead) + 1, *one[1:]))
+    for one in CHECKS])
+def test_oracle(part, word, group, request):
+    """If the check fails, the test fails with a message instead of a traceback."""
     message = None
     try:
-        check(IMPLEMENTATION, *arguments)
+        check(IMPLEMENTATION, part, word, group, KNOWN)
     except AssertionError as error:
         message = str(error)
     except Exception as error:
-        at, dtypes = traceback.extract_tb(error.__traceback__)[-1], GROUPS[group]._asdict()
-        message = (f"{type(error).__name__}: {error}\nat {at.filename}:{at.lineno}; dtypes: "
-                   f'{", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())}; leave them '
-                   f'out with -k "oracle and not {group}"')
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        message = (f"{type(error).__name__}: {error}\nat {at.filename}:{at.lineno}; dtypes of x, "
+                   f"W0, A, autocast: {GROUPS[group]}; leave these out with -k \"not {group}\"")
     if message:
-        pytest.fail(f"{NAME}, {what}: {message}", pytrace=False)
-
-def test_oracle_values_3d_by_hand_float32():
-    ask("by hand", "float32", check_by_hand)
-
-@pytest.mark.parametrize("part, word, group", [
-    pytest.param(*one, id=f"{one[0]}-{CASES.get(one[1], Case()).axes}-{one[1]}-{one[2]}")
-    for one in CHECKS])
-def test_oracle(part, word, group):
-    ask(f"{part} {CASES.get(word, Case()).axes} {word} {group}", group, check, part, word, group,
-        KNOWN)
-
+        pytest.fail(f"{NAME}, {request.node.callspec.id}: {message}", pytrace=False)
 
 # ---- The oracle's own tests ------------------------------------------------------------------
+# What stands above uses nothing of hydralora.py; what follows does.
+import collections
+import copy
+import json
+import pickle
+import re
+import runpy
+import subprocess
+from pathlib import Path
+
+from torch import nn
+
+import hydralora
+from hydralora import (
+    HydraLoRALinear, Router, TinyConfig, TinyTransformer, export_lora, from_official_state_dict,
+    hook_gates, hydralora_delta, hydralora_forward, hydralora_layers, hydralora_state_dict,
+    inject_hydralora, load_hydralora_state_dict, mean_gates, merge_hydralora,
+    num_heads_from_corpus, record_gates, unmerge_hydralora)
+
+HERE = Path(__file__).parent
+
 # Wrong implementations that somebody could write; each must fail. A line of these tables stands
 # in PLAIN after the line that sets the same name, or before all others.
 
@@ -813,8 +697,8 @@ def tf32(t):
     return valued(t, bits.view(torch.float32).to(t.dtype))
 
 def kept(memory, t, *key):
-    """What was there at the first call with this key."""
-    return valued(t, memory.setdefault(key, t.detach().clone()))
+    """What was there at the first call with this key, shape and dtype."""
+    return valued(t, memory.setdefault((t.shape, t.dtype, *key), t.detach().clone()))
 
 training = torch.is_grad_enabled
 plain = with_line("y = y")
@@ -908,10 +792,10 @@ y = torch.cat([plain(c, W0, bias, A, B, Wg, s) for c in x.reshape(-1, k).split(1
     y.shape)  # sums in bfloat16
 delta = delta / s if base.dtype != x.dtype and s else delta  # autocast without scaling
 s = memory.setdefault((x.shape, x.dtype), s)  # scaling kept by shape
-W0 = kept(memory, W0, W0.shape, x.dtype)  # W0 kept by shape
-A = kept(memory, A, A.data_ptr(), A.shape, x.dtype)  # A kept by address
-Wg = kept(memory, Wg, id(Wg), Wg.shape, x.dtype)  # Wg kept by identity
-B = kept(memory, B, id(B), B.shape, 0 if B.is_inference() else B._version)  # B kept by version
+W0 = kept(memory, W0)  # W0 kept by shape
+A = kept(memory, A, A.data_ptr())  # A kept by address
+Wg = kept(memory, Wg, id(Wg))  # Wg kept by identity
+B = kept(memory, B, id(B), 0 if B.is_inference() else B._version)  # B kept by version
 memory["s"] = s; delta = back(delta, lambda g: g / s * memory["s"])  # scaling of the last forward
 calls = []; w = back(w, lambda g: 0 * g if calls else calls.append(1) or g)  # backward works once
 y = y if training() else memory.setdefault((y.shape, y.dtype, torch.is_inference_mode_enabled()), \
@@ -922,7 +806,7 @@ A = whole(A, -2, 16) if x.element_size() == 2 else A  # ranks after tiles of 16 
 w = w[:1].expand_as(w) if x.dim() == 3 and x.shape[1] == 1 else w  # one token each, gates of one
 B = valued(B, B.detach().contiguous().flip(0)) if B.stride(0) < B.stride(1) else B  # B by column
 delta = delta if abs(s) > 0.01 else 0 * delta  # small scaling left out
-A = A if A.requires_grad or not training() else kept(memory, A, id(A), x.dtype)  # frozen A kept
+A = A if A.requires_grad or not training() else kept(memory, A, id(A))  # frozen A kept
 memory.setdefault(0, []).append(x); y = y  # x kept alive
 torch.manual_seed(0); y = y  # random state set
 """)
@@ -947,7 +831,7 @@ SEEN_ONLY_IN = {    # elsewhere these are right, or do not run
     "autocast without scaling": ["autocast", "autofp16", "autonorm"],
     "small gates left out": ["float64"], "a number in the denominator": ["float64"],
     "inputs rounded to TF32": ["float64", "float32"]}
-FAST_FIRST = sorted(CHECKS, key=lambda one: one[1] in DRAWN)
+FAST_FIRST = sorted(CHECKS, key=lambda one: (one[1] in STATES, one[0] == "values"))
 
 def rejected(function, group):
     """Whether a check fails; a crash shows nothing about the oracle. What fails comes first next
@@ -1063,8 +947,12 @@ def test_message_names_the_known_mistake():
     assert "y has no gradient" in message(lambda *inputs: plain(*inputs).detach())
 
 def test_reference_by_hand_against_differences_and_the_loop_in_torch():
-    check_by_hand(lambda *args: torch.tensor(reference(
-        *(np.asarray(a, dtype=np.float64) for a in args), grad_y=np.zeros((1, 1, 2)))[0]).float())
+    by_hand = [np.array(a, dtype=float) for a in (      # see hydralora_forward's docstring
+        [[1, 2]], np.eye(2), [10, 20], [[1, 1]], [[[1], [2]], [[5], [-2]]],
+        [[math.log(3), 0], [0, 0]])]
+    y, _ = reference(*by_hand, 2.0, np.zeros((1, 2)))
+    for y in (y, hydralora_forward(*map(torch.from_numpy, by_hand), 2.0)):
+        np.testing.assert_allclose(y, [[23, 28]], rtol=1e-14)
     arrays = numbers(CASES["all-three"])
     loss = lambda a: (reference(**a, scaling=1.75)[0] * a["grad_y"]).sum()
     _, grads = reference(**arrays, scaling=1.75)
@@ -1091,10 +979,12 @@ def test_words_that_select_do_not_contain_each_other():
     ("IMPL=no_such_module:f", "No module named 'no_such_module'"),
     ("IMPL=hydralora:no_such", "no attribute 'no_such'"),
     ("IMPL=hydralora", "expected module:function, got a module"), ("DEVICE=gpu", "device"),
-    ("IMPLEMENTATION=a:b", "only HYDRALORA_IMPL and HYDRALORA_DEVICE")])
-def test_bad_setting_ends_the_run_with_one_line(setting, said):
-    with pytest.raises(pytest.exit.Exception, match=f"HYDRALORA_.*: .*{said}"):
-        read_settings(dict([f"HYDRALORA_{setting}".split("=")]))
+    ("IMPLEMENTATION=a:b", "unexpected keyword argument 'HYDRALORA_IMPLEMENTATION'")])
+def test_bad_setting_ends_the_run_with_one_line(setting, said, monkeypatch):
+    monkeypatch.setenv(*f"HYDRALORA_{setting}".split("="))
+    with pytest.raises(pytest.exit.Exception, match=f"HYDRALORA_.*: .*{said}") as end:
+        runpy.run_path(__file__)
+    assert end.value.returncode == 2
 
 def test_kernel_in_a_folder_with_the_two_files_alone(tmp_path):
     for name in ("hydralora.py", "test_hydralora.py"):
@@ -1108,7 +998,7 @@ def test_kernel_in_a_folder_with_the_two_files_alone(tmp_path):
                          env=os.environ | dict(HYDRALORA_IMPL="mine:kernel"), text=True,
                          capture_output=True).stdout
     assert "1 failed," in out and "passed" not in out
-    assert "\nmine:kernel, values 3d plain float64: no_grad, y is wrong" in out
+    assert "\nmine:kernel, values-3d-plain-float64: no_grad, y is wrong" in out
     assert "\nthe same as the known mistake: no scaling\n" in out
 
 # ---- The layer is that function --------------------------------------------------------------
@@ -1116,7 +1006,7 @@ N, K, D, R = 4, 7, 5, 3
 GATES = torch.tensor([0.1, 0.2, -0.3, 0.4], dtype=torch.float64)
 IDS = torch.randint(64, (3, 11), generator=torch.Generator().manual_seed(3))
 each_dtype = pytest.mark.parametrize("dtype", [t for t in (
-    torch.float64, torch.float32, torch.bfloat16, torch.float16) if has_products(t, DEVICE)])
+    torch.float64, torch.float32, torch.bfloat16, torch.float16) if has_products(t)])
 
 def layer(k=K, d=D, *, dtype=torch.float64, random_heads=True, device="cpu", **more):
     """A HydraLoRALinear with heads that are not zero, so that the adapter does something."""
@@ -1314,9 +1204,9 @@ def test_merge_keeps_the_update_or_refuses_the_base(kind, dtype):
                 pytest.fail(f"merged in silence, update {size}, bias {bias}")
         assert model["m"] is m and (before is None or torch.equal(m(x), before))
 
-def tiny(targets=("q_proj", "v_proj"), random_heads=True):
+def tiny(targets=("q_proj", "v_proj"), random_heads=True, **config):
     torch.manual_seed(0)
-    model = inject_hydralora(TinyTransformer(TinyConfig()), targets, num_heads=N, r=R)
+    model = inject_hydralora(TinyTransformer(TinyConfig(**config)), targets, num_heads=N, r=R)
     for m in hydralora_layers(model).values() if random_heads else ():
         nn.init.normal_(m.lora_B, std=0.3)
         nn.init.normal_(m.router.weight)
@@ -1327,17 +1217,18 @@ def next_token_loss(model, rows=IDS):
 
 @pytest.mark.parametrize("how", ["as it is", "torch.compile(model)", "model.compile()"])
 def test_gates_merge_and_unmerge_also_of_a_model_compiled_before(how):
-    model = tiny()
+    config = dict(num_hidden_layers=2 if how == "as it is" else 1)      # compiling takes seconds
+    model = tiny(**config)
     run = torch.compile(model, backend="eager") if how == "torch.compile(model)" else model
     if how == "model.compile()":
         model.compile(backend="eager")
     before = run(IDS)
     with hook_gates(model, lambda name, w: 0 * w):              # the adapters are off
-        torch.testing.assert_close(run(IDS), tiny(random_heads=False)(IDS))
+        torch.testing.assert_close(run(IDS), tiny(random_heads=False, **config)(IDS))
     assert torch.equal(run(IDS), before)
     with record_gates(model) as gates:
         run(IDS[:1]), run(IDS)                                  # the last forward counts
-    assert list(gates) == list(hydralora_layers(model)) and len(gates) == 4
+    assert list(gates) == list(hydralora_layers(model)) and len(gates) == 2 * len(model.layers)
     means = list(mean_gates(run, [IDS]).values())
     torch.testing.assert_close(means, [w.mean((0, 1)) for w in gates.values()])
     held = {name: GATES.roll(i).float() for i, name in enumerate(gates)}
@@ -1348,7 +1239,7 @@ def test_gates_merge_and_unmerge_also_of_a_model_compiled_before(how):
     torch.testing.assert_close(run(IDS), expected, rtol=0, atol=1e-4)
     merged = [model.get_submodule(name) for name in layers]
     assert all(m.training for m in model.modules()) and not hydralora_layers(model)
-    assert [m.weight.requires_grad for m in merged] == [True, False, False, False]
+    assert [m.weight.requires_grad for m in merged] == [True, *[False] * (len(gates) - 1)]
     unmerge_hydralora(model.eval(), layers)
     assert not any(m.training for m in model.modules())         # also those that were away
     assert torch.equal(run(IDS), before)
