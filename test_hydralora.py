@@ -16,18 +16,16 @@ values" for a kernel without a backward, or -k "oracle and 3d and not float64 an
 
 and by the group, which is a choice of dtypes. All cases and all states run in each:
 
-    float64     within 1e-10 of the equations
-    float32     within 2e-5 and what a plain loop rounds: TF32 (6e-4) is too coarse, switch it off
-    bfloat16    within five times the rounding errors of a plain loop over the heads in that dtype
-    half        the same in float16
-    mixed       x, W0, bias bfloat16 and A, B, Wg float32; A, B, Wg may be cast to bfloat16
-    autocast    all float32 under autocast to bfloat16; y may be float32 or bfloat16
-    autofp16    all float32 under autocast to float16; y may be float32 or float16
-    automix     mixed, under autocast to bfloat16
-    autonorm    autocast with W0 and bias in bfloat16, since LayerNorm gives float32 there
+    float64             within 1e-10 of the equations
+    float32             within 2e-5 and what a plain loop rounds; TF32 (6e-4) is too coarse
+    bfloat16, half      all in bfloat16, or float16: within five times what a plain loop rounds
+    mixed, mixfp16      the same with A, B, Wg float32; these may be cast to 16 bits
+    autocast, autofp16  all float32, under autocast to bfloat16, or float16; y in either dtype
+    automix, autonorm   autocast with x, W0, bias in bfloat16, or W0, bias alone, as after LayerNorm
 
-In 16 bits sums over chunks of tokens have to be added up in float32. W0 and bias may get no
-gradient, as of a frozen base; one that they do get is checked. No second derivatives are asked for.
+Else y has the dtype of x; it may be strided. In 16 bits sums over chunks, of tokens or of d, are to
+be added up in float32. W0 and bias may get no gradient, as of a frozen base; one that they do get
+is checked. No second derivatives are asked for.
 """
 import concurrent.futures
 import contextlib
@@ -38,7 +36,6 @@ import math
 import os
 import pkgutil
 import sys
-import threading
 import traceback
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -126,7 +123,7 @@ class Case:
     needs: str = ALL
     layouts: tuple = ()         # pairs (tensor, its layout), see LAYOUTS; the rest is contiguous
     mean: float = 0.0           # of x and grad_y; not 0: sums over tokens grow large
-    unit: float = 1.0           # x is larger by this, and W0, A and Wg are smaller
+    unit: float = 1.0           # x is larger by this, and W0 and Wg are smaller
     gradient: float = 1.0       # size of grad_y
     zero: str = ""              # what is 0: B, or the first "token" of x
     seed: int = 0
@@ -135,28 +132,27 @@ class Case:
 CHOSEN = {
     "plain": Case(),
     # shapes at which code turns elsewhere, or axes can be mistaken
-    "vector": Case(lead=()),
     "all-three": Case(lead=(3, 3), k=3, d=3, r=3, n=3),
     "empty-batch": Case(lead=(0, 5)),
-    "width-one": Case(k=1, d=1, r=1),
-    "heads-odd": Case(lead=(2, 9), n=67, r=5, needs=ADAPTER),
-    "thousands": Case(lead=(2, 2051), k=16, d=24, r=8, n=3, mean=1.0),  # sums far from 0
+    "empty-rows": Case(lead=(5, 0), bias=False),
+    "width-one": Case(lead=(1, 1), k=1, d=1, r=1),
+    "only-head": Case(n=1),                     # a LoRA
+    "heads-odd": Case(lead=(2, 9), n=67, r=5, needs=ADAPTER, layouts=(("x", "second"),)),
+    "thousands": Case(lead=(512, 8), k=16, d=24, r=8, n=3, mean=1.0),  # sums far from 0
     "grid-limit": Case(lead=(65540,), k=3, d=2, r=1, n=2, needs=ADAPTER),   # of CUDA: 65535
-    "one-for-all": Case(lead=(3, 5), layouts=(("x", "first"), ("grad_y", "each"))),
-    "inner-axes": Case(lead=(2, 3, 4), layouts=(("x", "inner"), ("grad_y", "inner"))),
-    "same-number": Case(layouts=(("grad_y", "number"),)),               # y.mean().backward()
     # values
     "zero-scaling": Case(scaling=0.0),
-    "small-scaling": Case(scaling=1 / 128),
-    "large-scaling": Case(scaling=1e4),
+    "small-scaling": Case(scaling=2.0 ** -10),
+    "large-scaling": Case(scaling=1e6),
     "heads-at-zero": Case(zero="B"),            # at the start of training
     "token-at-zero": Case(zero="token"),        # padding, which has a gradient all the same
-    "steep": Case(logits=200),                  # exp needs the maximum taken off
-    "saturated": Case(lead=(4, 10), logits=1e4, n=3),
+    "two-heads": Case(logits=200, n=2),         # exp needs the maximum taken off
+    "steep": Case(logits=200, n=20),
+    "saturated": Case(lead=(4, 10), logits=1e5, n=3),
     "small-gradient": Case(gradient=2.0 ** -25),
-    "large-x": Case(unit=2.0 ** 16),
+    "large-all": Case(unit=2.0 ** 17, gradient=2.0 ** 16),
 }
-TOO_LARGE_FOR_FLOAT16 = ("saturated", "large-scaling", "small-gradient", "large-x")
+TOO_LARGE_FOR_FLOAT16 = ("saturated", "large-scaling", "small-gradient", "large-all")
 
 def swapped(t, a, b):
     return t.transpose(a, b).contiguous().transpose(a, b)
@@ -170,6 +166,8 @@ LAYOUTS = {     # the axes that it takes, and how the numbers then lie
     "swapped": (3, lambda t: swapped(t, 0, 1)),                     # x from (t, b, k)
     "gaps": (3, lambda t: F.pad(t, (0, 0, 0, 1), value=GAP)[..., :-1, :]),
     "inner": (4, lambda t: swapped(t, -3, -2)),                     # from (b, heads, t, k)
+    "outer": (4, lambda t: F.pad(t, (0, 0, 0, 0, 0, 1), value=GAP)[..., :-1, :, :]),
+    "last": (3, lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0)),
     "first": (2, lambda t: t[:1].expand_as(t)),                     # one x for all; from here on
     "each": (2, lambda t: t[:, :1].expand_as(t)),                   # of x and grad_y alone
     "number": (1, lambda t: t.flatten()[0].expand(t.shape)),
@@ -178,32 +176,33 @@ EXPANDED = ("first", "each", "number")
 
 def draw_case(number):
     """A case at random; something is large, or of unequal kinds, in each, in turn."""
-    rng = np.random.default_rng([2404, 19245, number])
+    rng = np.random.default_rng([5463, number])     # a seed that reaches much, see its test
     between = lambda low, high: int(rng.integers(low, high + 1))
     one_of = lambda *values: values[between(0, len(values) - 1)]
-    whole, odd = lambda: 64 * between(1, 3), lambda: 2 * between(32, 80) + 1        # of tiles
+    whole = lambda: 64 * one_of(1, 2, 3, 4, 8)          # tiles
+    odd = lambda: whole() + 2 * between(0, 31) + 1
     size = lambda: one_of(between(1, 40), between(1, 40), whole(), odd())
-    few, huge, little = between(3, 8), between(8193, 20000), dict(n=between(1, 4), r=between(1, 24))
+    few, huge, little = between(3, 8), between(8193, 20000), dict(n=between(2, 4), r=between(1, 24))
     sizes = dict(k=size(), d=size(), r=one_of(between(1, 15), between(17, 47), 8, 16),
-                 n=between(1, 8), tokens=one_of(between(1, 30), whole(), odd()),
+                 n=between(2, 8), tokens=one_of(between(1, 30), whole(), odd()),
                  sequences=between(1, 3), axes=between(1, 5))
     sizes |= [
         little | dict(k=whole(), d=whole(), tokens=odd(), axes=3),
         little | dict(k=odd(), d=odd(), tokens=whole(), axes=3),
         dict(k=whole(), d=odd()),
         dict(k=odd(), d=whole()),
-        dict(r=32 * between(1, 4), d=sizes["k"]),
+        dict(r=32 * one_of(1, 2, 4, 8), d=sizes["k"]),
         dict(n=between(9, 36), d=between(1, 40)),
         dict(n=between(17, 36), r=64, d=between(1, 40), tokens=few),
         little | dict(k=huge, d=between(1, 12), tokens=few, axes=between(1, 3)),
         little | dict(d=huge, k=between(1, 12), tokens=few, r=between(1, 4), axes=between(2, 3)),
-        little | dict(tokens=huge // 2 + 4096, k=few, d=few + 1, axes=2),
-        dict(sequences=between(33, 80), k=between(1, 100), tokens=few, axes=3),
-        dict(sequences=between(1, 80), tokens=1, axes=3),
+        little | dict(tokens=huge // 2 + 4096, k=few, d=few + 1, axes=between(2, 3)),
+        dict(sequences=between(33, 300), k=between(1, 100), d=few + 1, tokens=few, axes=3),
+        dict(sequences=one_of(1, between(2, 300)), tokens=1, axes=3),
     ][number % 12]
     k, d, r, n, tokens, sequences, axes = sizes.values()
     lead = (between(1, 3), between(1, 3), sequences, tokens)[5 - axes:]
-    if math.prod(lead) * k * (d + n * r) > 1.2e7:
+    if math.prod(lead) * k * (d + n * r) > 8e6:
         lead = (*lead[:-1], few)        # so that a call takes milliseconds
     layouts, share = {}, one_of(0, 0.6, 0.9)
     for name, dims in dict(W0=2, bias=1, A=2, B=3, Wg=2, x=axes, grad_y=axes).items():
@@ -211,12 +210,12 @@ def draw_case(number):
                    if least <= dims and (word not in EXPANDED or name in ("x", "grad_y"))]
         if rng.random() < share:
             layouts[name] = one_of(*fitting)
-    some = " ".join(name for name in INPUTS if rng.random() < 0.5)
-    return Case(lead, k, d, r, n, rng.random() < 0.7, one_of(2, 0.5, *rng.normal(size=3)),
-                one_of(0.5, 1.0, 1.0, 2.0), one_of(ALL, ADAPTER, ADAPTER, some),
+    alone, some = one_of(*INPUTS), " ".join(name for name in INPUTS if rng.random() < 0.5)
+    return Case(lead, k, d, r, n, rng.random() < 0.7, one_of(1.0, 2.0, 0.5, float(rng.normal())),
+                one_of(0.5, 1.0, 1.0, 2.0), one_of(ALL, ADAPTER, ADAPTER, some, alone),
                 tuple(layouts.items()), seed=number)
 
-DRAWN = {f"drawn-{number:02}": draw_case(number) for number in range(48)}
+DRAWN = {f"drawn-{number:02}": draw_case(number) for number in range(36)}
 CASES = CHOSEN | DRAWN
 
 GROUPS = {  # word for -k: the dtypes of x; of W0 and bias; of A, B and Wg; and autocast's
@@ -224,6 +223,7 @@ GROUPS = {  # word for -k: the dtypes of x; of W0 and bias; of A, B and Wg; and 
     "float32": (torch.float32, torch.float32, torch.float32, None),
     "bfloat16": (torch.bfloat16, torch.bfloat16, torch.bfloat16, None),
     "half": (torch.float16, torch.float16, torch.float16, None),
+    "mixfp16": (torch.float16, torch.float16, torch.float32, None),
     "mixed": (torch.bfloat16, torch.bfloat16, torch.float32, None),
     "autocast": (torch.float32, torch.float32, torch.float32, torch.bfloat16),
     "autofp16": (torch.float32, torch.float32, torch.float32, torch.float16),
@@ -237,7 +237,7 @@ def numbers(case):
     c, small, arrays = case, 1 / (case.k**0.5 * case.unit), {}
     for i, (name, size, shape) in enumerate((
             ("x", c.unit, (*c.lead, c.k)), ("W0", small, (c.d, c.k)), ("bias", 1, (c.d,)),
-            ("A", small, (c.r, c.k)), ("B", c.r**-0.5, (c.n, c.d, c.r)),
+            ("A", c.k**-0.5, (c.r, c.k)), ("B", c.r**-0.5, (c.n, c.d, c.r)),
             ("Wg", c.logits * small, (c.n, c.k)), ("grad_y", c.gradient, (*c.lead, c.d)))):
         draw = np.random.default_rng([c.seed + (name in c.anew.split()), i])
         arrays[name] = size * (draw.normal(size=shape) + c.mean * (name in ("x", "grad_y")))
@@ -266,10 +266,10 @@ class Problem:
             return None
         _, lay = LAYOUTS.get(dict(self.case.layouts).get(name), (0, lambda t: t))
         t = lay(torch.from_numpy(array).to(DEVICE, self.dtypes[name], copy=True))
-        return t.requires_grad_(name in self.case.needs.split())
+        return torch.nn.Parameter(t) if name in self.case.needs.split() else t
 
     def inputs(self):
-        return {name: self.tensor(name) for name in INPUTS}
+        return {name: self.tensor(name) for name in (*INPUTS, "grad_y")}
 
 def named(y, grads):
     return {"y": y} | {f"gradient of {name}": g for name, g in grads.items()}
@@ -283,7 +283,7 @@ def solution(case, group, slow=None):
     """quantity -> float64, from what the tensors hold after rounding. Where the NumPy loops are
     slow the loop in torch takes their place; a test holds it against them."""
     p = Problem(case, group)
-    t = as_float64({name: p.tensor(name) for name in (*INPUTS, "grad_y")})
+    t = as_float64(p.inputs())
     if slow or slow is None and math.prod(case.lead) * case.n <= 64:
         y, grads = reference(**{name: v if v is None else v.numpy() for name, v in t.items()},
                              scaling=case.scaling)
@@ -298,29 +298,29 @@ def solution(case, group, slow=None):
 def tolerance(case, group):
     """quantity -> the largest errors, as `errors` gives them.
 
-    1e-10 in float64. Else 5 times those of the plain loop in the same dtypes, or 4 roundings, and
-    2e-5; for a row or column 12 times, or 8 roundings, and 5e-5. TF32 is off by 6e-4. Half of this
-    is reached by taking the tokens in 32 chunks, and leaving the sum over them to autograd in 16
-    bits; in 128 chunks some cases fail, in 512 many."""
+    1e-10 in float64. Else 5 times those of the plain loop in the same dtypes, or 6 roundings, and
+    2e-5; for a row or column 12 times, or 8 roundings, and 5e-5; for y half as many roundings. TF32
+    is off by 6e-4. A function that adds up the sums over 32 chunks of tokens in 16 bits reaches 0.4
+    of this; over 1024 chunks it fails in some cases."""
     p = Problem(case, group)
     if group == "float64":
         return dict.fromkeys(p.expected, (1e-10,) * 3)
-    in_16_bits = Problem(case, "bfloat16") if group == "mixed" else p      # A, B, Wg may be cast
-    factors, eps = ((5, 4, 2e-5), (12, 8, 5e-5), (12, 8, 5e-5)), torch.finfo(p.low).eps
-    return {q: [max(times * error, roundings * eps) + least for error, (times, roundings, least)
-                in zip(errors(q, t, p), factors)]
-            for q, t in as_float64(result(loop, in_16_bits)).items()}
+    cast = Problem(case, dict(mixed="bfloat16", mixfp16="half").get(group, group))      # A, B, Wg
+    factors, eps = ((5, 6, 2e-5), (12, 8, 5e-5), (12, 8, 5e-5)), torch.finfo(p.low).eps
+    return {q: [max(times * error, roundings * (eps / 2 if q == "y" else eps)) + least
+                for error, (times, roundings, least) in zip(errors(q, t, p), factors)]
+            for q, t in as_float64(result(loop, cast)).items()}
 
 def errors(q, found, p, right=None):
     """How far a quantity is off: altogether, in its worst row (one token), in its worst column.
 
-    Norms, relative to what is right, or to 1 (for gradients in units of grad_y) where that is
-    smaller; of a row or column, relative to an average one. No gradient counts as 0."""
+    Norms, relative to what is right (a row or column: to an average one), or where that is smaller
+    to 1, for gradients in units of grad_y, and of the logits for x. No gradient counts as 0."""
     right, c = p.expected[q] if right is None else right, p.case
     squares = torch.atleast_2d((0 if found is None else found) - right).flatten(0, -2).square()
     if not squares.numel():
         return [0.0] * 3
-    least = {"y": 1, "gradient of x": c.gradient / c.unit}.get(q, c.gradient)
+    least = {"y": 1, "gradient of x": c.gradient * max(1, c.logits)}.get(q, c.gradient)
     size, (rows, columns) = max(right.norm().item(), least), squares.shape
     return [square.nan_to_num(math.inf).item()**0.5 / size for square in (
         squares.sum(), squares.sum(1).max() * rows, squares.sum(0).max() * columns)]
@@ -344,10 +344,9 @@ def must_be_right(found, p, moment="", known=()):
     if names := [name for name in known if error > 3 * allowed and is_mistake(
             known[name], found, p)]:
         lines += [f"the same as the known mistake: {' or '.join(names)}"]
-    elif p.group == "float32" and error < 5e-3:
-        lines += ["errors of this size come from TF32 (torch.backends.cuda.matmul.allow_tf32, "
-                  "input_precision in Triton) or from 16 bits on the way"]
-    elif p.low.itemsize == 2 and first not in ("y", "gradient of x") and error < 9 * allowed:
+    elif p.group == "float32" and first == "y" and error < 5e-3:
+        lines += ["errors of this size come from TF32, which can be switched off, or from 16 bits"]
+    elif p.low.itemsize == 2 and math.prod(p.case.lead) > 99 and first != "y" and error < 0.3:
         lines += ["sums over tokens have to be added up in float32, also over chunks of them"]
     raise AssertionError("\n".join(lines))
 
@@ -379,7 +378,7 @@ def surroundings():
 def unchanged(run, moment):
     for name, (t, flag) in run.before.items():
         now = run.inputs[name].detach()
-        same = torch.equal(now, t) or torch.equal(now.nan_to_num(), t.nan_to_num())
+        same = torch.equal(now, t) or torch.allclose(now, t, 0, 0, equal_nan=True)
         fail_unless(run.p, same and run.inputs[name].requires_grad == flag,
                     f"{name}, or its requires_grad, was changed in place {moment}")
 
@@ -390,9 +389,9 @@ def forward(function, p, inputs=None, mode=torch.enable_grad):
         if t is not None:
             t.grad, before[name] = None, (t.detach().clone(), t.requires_grad)
     device = torch.device(DEVICE).type
-    with torch.autocast(device, autocast or torch.bfloat16, enabled=bool(autocast)), mode():
+    with torch.autocast(device, autocast or torch.bfloat16, bool(autocast)), mode():
         around = surroundings()
-        y = function(*inputs.values(), p.case.scaling)
+        y = function(*(inputs[name] for name in INPUTS), p.case.scaling)
         now = surroundings()
     fail_unless(p, around == now, f"the call has changed the surroundings: {around} are now {now}")
     shape, dtypes = (*p.case.lead, p.case.d), {p.low, torch.float32 if autocast else p.low}
@@ -405,14 +404,14 @@ def forward(function, p, inputs=None, mode=torch.enable_grad):
                 '"oracle and values". Or were the weights copied into a layer? See hydralora_layer')
     fail_unless(p, mode is torch.inference_mode or not y.is_inference(), "y is an inference tensor")
     run = SimpleNamespace(p=p, y=y, inputs=inputs, before=before, mode=mode,
-                          grad_y=p.tensor("grad_y").to(y.dtype))
+                          grad_y=inputs["grad_y"].to(y.dtype))
     unchanged(run, "by the call")
     return run
 
-def backward(run, **how):
+def backward(run):
     """quantity -> tensor, None for a gradient of x, A, B or Wg that does not come."""
     if run.y.requires_grad:
-        run.y.backward(run.grad_y, **how)
+        run.y.backward(run.grad_y)
         unchanged(run, "by the backward")
     return named(run.y, {name: run.inputs[name].grad for name in run.before
                          if run.mode is torch.enable_grad and name in run.p.case.needs.split()
@@ -428,26 +427,33 @@ def result(function, p, inputs=None, mode=torch.enable_grad):
 def small(group, **fields):
     return Problem(Case(**fields), group)
 
+ALIGNED = dict(k=64, d=64, r=16, n=8)   # other code often runs here than at 7, 6, 3 and 4
+
 def calls_in_a_row(function, group, mode):
     """Two layers in turn, other x, one token after a sequence; tensors made in inference mode."""
-    with mode():
-        inputs = small(group).inputs()
-    for now in (mode, *MODES["values"], mode):
-        for fields in ({}, dict(scaling=-0.5), dict(anew="W0 bias A B Wg", scaling=0.4), {},
-                       dict(anew="x"), dict(lead=(4, 7), anew=ALL), {}, dict(lead=(2, 1)),
-                       dict(lead=(2, 1), anew="x"), dict(lead=(1,)), {}):
-            p = small(group, **fields)
-            other = p.case.anew.split() + ["x"] * ("lead" in fields)
+    layer = "W0 bias A B Wg"
+    for now, size in zip((mode, *MODES["values"], mode), ({}, ALIGNED) * 2):
+        with mode():
+            inputs = small(group, **size).inputs()
+        for fields in ({}, dict(scaling=-0.5), dict(anew=layer, scaling=0.4), {}, dict(anew="x"),
+                       dict(lead=(4, 7), anew=ALL), {}, dict(lead=(2, 1)), dict(
+                       lead=(2, 1), anew=layer, scaling=0.4), dict(lead=(2, 1), anew="x"), {}):
+            p = small(group, **size, **fields)
+            other = p.case.anew.split() + ["x", "grad_y"] * ("lead" in fields)
             found = result(function, p, inputs | {name: p.tensor(name) for name in other}, now)
             yield p, found, f"a later call, {now.__name__}, now {fields}: "
 
 def tensor_changes(function, group, mode):
-    """Between calls, in place as an optimizer does it, and by .data, which leaves no trace."""
-    for name, data, needs in itertools.product(INPUTS, ("", ".data"), (ALL, "x")):
-        p = small(group, anew=name, needs=needs)
-        inputs = small(group, needs=needs).inputs()
-        forward(function, small(group, needs=needs), inputs, mode)
-        (inputs[name].data if data else inputs[name].detach()).copy_(p.tensor(name).detach())
+    """Between calls, in place as an optimizer does it, and by .data, which leaves no trace; sum and
+    first number stay the same."""
+    for name, data, (needs, size) in itertools.product(INPUTS, ("", ".data"), (
+            (ALL, {}), ("x", ALIGNED))):
+        p = small(group, needs=needs, **size)
+        inputs, right = p.inputs(), p.tensor(name).detach()
+        inputs[name].detach().flatten()[1:].copy_(right.flatten()[1:].flip(0))
+        for _ in range(4):
+            forward(function, p, inputs, mode)
+        (inputs[name].data if data else inputs[name].detach()).copy_(right)
         yield p, result(function, p, inputs, mode), f"{name}{data} was changed in place before: "
 
 def nine_layers(function, group, mode):
@@ -474,15 +480,17 @@ def nan_stays(function, group, mode):
     p = small(group)
     for name, index, reached in (
             ("x", (0, 1, 0), (0, 1)), ("W0", (2, 0), (..., 2)), ("bias", 2, (..., 2)),
-            ("A", (0, 0), ...), ("B", (0, 2, 0), (..., 2)), ("Wg", (0, 0), ...)):
+            ("A", (0, 0), ...), ("B", (0, 2, 0), (..., 2)), ("Wg", (0, 0), ...),
+            ("grad_y", (0, 1, 0), slice(0))):       # y has no nan then
         inputs = p.inputs()
         inputs[name].data[index] = math.nan
         found, moment = as_float64(result(function, p, inputs, mode), True), f"nan in {name}: "
         fail_unless(p, found["y"][reached].isnan().all(), f"{moment}y is not nan there")
         found["y"][reached] = p.expected["y"][reached]
         yield p, {"y": found["y"]}, f"{moment}the rest: "
-        if name in ("x", "Wg"):
-            finite = [q for q, t in found.items() if q[-1] in "ABg" and t.isfinite().all()]
+        if name in ("x", "Wg", "grad_y"):
+            finite = [q for q in ("gradient of A", "gradient of B", "gradient of Wg")
+                      if q in found and found[q].isfinite().all()]
             fail_unless(p, not finite, f"{moment}finite: {', '.join(finite)}")
 
 def random_state(function, group, mode):
@@ -506,36 +514,26 @@ def nothing_kept(function, group, mode):
     fail_unless(p, all(storage.expired() for storage in kept), "x or y is kept alive by the call")
 
 def two_threads(function, group, mode):
-    barrier = threading.Barrier(2, timeout=60)
-
-    def work(seed):
-        barrier.wait()
-        run = forward(function, small(group, seed=seed, scaling=1.75 - seed), mode=mode)
-        barrier.wait()
-        return run.p, backward(run), "two threads: "
+    problems = [small(group, seed=i % 2, scaling=1.75 - i % 2) for i in range(16)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        yield from pool.map(work, (0, 1))
+        found = pool.map(lambda p: result(function, p, mode=mode), problems)
+        yield from zip(problems, found, itertools.repeat("two threads: "))
 
 def within_compile(function, group, mode):
     compiled = torch.compile(lambda *inputs: function(*inputs), backend="eager")
     with contextlib.suppress(RuntimeError):         # PyTorch does not compile everything
         yield small(group), result(compiled, small(group)), "under torch.compile: "
 
-def backward_twice(function, group, mode):
-    run = forward(function, small(group))
-    for count in (1, 2):
-        with contextlib.suppress(RuntimeError):     # compiled code may refuse the second
-            found = backward(run, retain_graph=True)
-            yield run.p, {q: t if q == "y" or t is None else t / count for q, t in found.items()}, (
-                f"gradients of {count} backwards added up: ")
-
 def autograd_grad(function, group, mode):
-    """It leaves .grad alone; what is passed here is computed from the parameters."""
+    """It leaves .grad alone, and can be called twice; what is passed comes from the parameters."""
     leaves, p = small(group).inputs(), small(group, needs=ADAPTER)
     run = forward(function, p, {name: t * 1.0 for name, t in leaves.items()})
-    grads = torch.autograd.grad(run.y, [leaves[name] for name in ADAPTER.split()], run.grad_y)
+    of, grad_y = [leaves[name] for name in ADAPTER.split()], run.grad_y
+    for again in (True, False):
+        with contextlib.suppress(RuntimeError):     # compiled code may refuse to keep the graph
+            grads = torch.autograd.grad(run.y, of, grad_y, retain_graph=again)
+            yield p, named(run.y, dict(zip(ADAPTER.split(), grads))), "torch.autograd.grad: "
     fail_unless(p, all(t.grad is None for t in leaves.values()), "it has set .grad")
-    yield p, named(run.y, dict(zip(ADAPTER.split(), grads))), "torch.autograd.grad: "
 
 def changed_before_backward(function, group, mode):
     """Right gradients, or PyTorch's error about a tensor that was modified."""
@@ -546,21 +544,28 @@ def changed_before_backward(function, group, mode):
             yield run.p, backward(run), f"{name} changed between forward and backward: "
 
 def each_need(function, group, mode):
-    """Every choice of what needs a gradient; and each alone at a size where code has tiles."""
-    real = dict(lead=(2, 33), k=96, d=80, r=16, n=8)
+    """Every choice of what needs a gradient."""
     for chosen in itertools.product((0, 1), repeat=6):
-        p = small(group, needs=" ".join(itertools.compress(INPUTS, chosen)),
-                  **(real if sum(chosen) == 1 else {}))
+        p = small(group, needs=" ".join(itertools.compress(INPUTS, chosen)))
         yield p, result(function, p), ""
 
-ONLY_GRADIENTS = [within_compile, backward_twice, autograd_grad, changed_before_backward, each_need]
+def shared_input(function, group, mode):
+    """Two layers on one x, as q_proj and v_proj are, and one backward for both."""
+    p, q = small(group), small(group, anew="W0 bias A B Wg")
+    inputs = p.inputs()
+    runs = [forward(function, p, inputs), forward(function, q, q.inputs() | dict(x=inputs["x"]))]
+    torch.autograd.backward([run.y for run in runs], [run.grad_y for run in runs])
+    both = as_float64(dict(x=inputs["x"].grad))["x"]
+    yield p, {"gradient of x": both - q.expected["gradient of x"]}, "two layers on one x: "
+
+ONLY_GRADIENTS = [within_compile, autograd_grad, changed_before_backward, each_need, shared_input]
 STATES = {f.__name__.replace("_", "-"): f for f in (
     calls_in_a_row, tensor_changes, nine_layers, output_changes, nan_stays, random_state,
     nothing_kept, two_threads, *ONLY_GRADIENTS)}
 
 # ---- The oracle ------------------------------------------------------------------------------
 CHECKS = [(part, word, group) for word in [*CASES, *STATES] for part in MODES for group in GROUPS
-          if not (word in TOO_LARGE_FOR_FLOAT16 and group in ("half", "autofp16"))
+          if not (word in TOO_LARGE_FOR_FLOAT16 and group in ("half", "mixfp16", "autofp16"))
           and not (part == "values" and STATES.get(word) in ONLY_GRADIENTS)]
 
 def check(function, part, word, group, known=()):
@@ -588,7 +593,8 @@ def test_oracle(part, word, group, request):
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
         message = (f"{type(error).__name__}: {error}\nat {at.filename}:{at.lineno}; dtypes of x, "
-                   f"W0, A, autocast: {GROUPS[group]}; leave these out with -k \"not {group}\"")
+                   f"W0, A, autocast: {GROUPS[group]}; leave it out with -k 'oracle and not "
+                   f"{group}' or -k 'oracle and not {word}'")
     if message:
         pytest.fail(f"{NAME}, {request.node.callspec.id}: {message}", pytrace=False)
 
@@ -818,6 +824,7 @@ def is_mistake(mistake, found, p):
         return False
 
 SEEN_ONLY_IN = {    # elsewhere these are right, or do not run
+    "small scaling left out": ["float64", "float32"],
     "all in float32": ["float64"], "softmax in float32": ["float64"],
     "y in float32": ["float64", "bfloat16"], "all in bfloat16": ["float64", "float32"],
     "sums in bfloat16": ["bfloat16"],
@@ -963,6 +970,17 @@ def test_reference_by_hand_against_differences_and_the_loop_in_torch():
             for q, t in solution(p.key, p.group, True).items():
                 assert q == "gradient of bias" and not case.bias or max(
                     errors(q, fast[q], p, t)) < 1e-12, (case, q)
+
+def test_cases_reach_every_layout_and_the_sizes_of_models():
+    axes = dict(W0=2, bias=1, A=2, B=3, Wg=2)
+    assert {pair for c in CASES.values() for pair in c.layouts} == {
+        (name, layout) for layout, (least, _) in LAYOUTS.items() for name in (*INPUTS, "grad_y")
+        if least <= axes.get(name, 5) and (layout not in EXPANDED or name in ("x", "grad_y"))}
+    for reached in ("k > 12000", "d > 12000", "math.prod(lead) > 12000", "min(k, d) >= 256",
+                    "r > 128", "n > 32", "n * r > 1024", "r > 16 and r % 16", "lead == ()",
+                    "k > d % 64 == 0 and k % 2", "d > k % 64 == 0 and d % 2", "lead == (1, 1)",
+                    "len(lead) == 2 and lead[0] > 128", "len(lead) == 4", "' ' not in needs"):
+        assert any(eval(reached, globals(), vars(case)) for case in DRAWN.values()), reached
 
 def test_words_that_select_do_not_contain_each_other():
     words = [*GROUPS, *CASES, *STATES, *MODES, "1d", "2d", "3d", "4d", "5d", "oracle"]
