@@ -146,8 +146,8 @@ CHOSEN = {
     "large-scaling": Case(scaling=1e6),
     "heads-at-zero": Case(zero="B"),            # at the start of training
     "token-at-zero": Case(zero="token"),        # padding, which has a gradient all the same
-    "two-heads": Case(lead=(2, 3, 4), n=2, logits=200, layouts=(("x", "outer"),)),
-    "steep": Case(logits=200, n=20),            # exp needs the maximum taken off
+    "two-heads": Case(lead=(2, 3, 4), n=2, logits=100, layouts=(("x", "outer"),)),
+    "steep": Case(logits=100, n=20),            # exp needs the maximum taken off
     "saturated": Case(lead=(4, 10), logits=1e5, n=3),
     "small-gradient": Case(gradient=2.0 ** -25),
     "large-all": Case(unit=2.0 ** 17, gradient=2.0 ** 16),
@@ -200,8 +200,8 @@ def draw_case(number):
         dict(sequences=between(33, 300), k=between(1, 100), d=few + 1, tokens=few, axes=3),
         dict(sequences=one_of(1, between(2, 300)), tokens=1, axes=3),
     ][number % 12]
-    k, d, r, n, tokens, sequences, axes = sizes.values()
-    lead = (between(1, 3), between(1, 3), sequences, tokens)[5 - axes:]
+    k, d, r, n, tokens, sequences, axes = sizes.values()                        # in that order
+    lead = (between(1, 3), between(1, 3), sequences, tokens)[5 - axes:]         # the last of them
     if math.prod(lead) * k * (d + n * r) > 8e6:
         lead = (*lead[:-1], few)        # so that a call takes milliseconds
     layouts, share = {}, one_of(0, 0.6, 0.9)
@@ -250,7 +250,7 @@ class Problem:
 
     def __init__(self, case, group):
         x, W0, A, self.autocast = GROUPS[group]
-        self.case, self.group, self.low = case, group, self.autocast or x   # low: y's, or float32
+        self.case, self.group, self.low = case, group, self.autocast or x   # low: the dtype of y
         self.dtypes = dict(x=x, W0=W0, bias=W0, A=A, B=A, Wg=A, grad_y=self.low)
         # The numbers do not depend on needs, or on most layouts: results are found again.
         self.key = replace(case, needs=ALL, layouts=tuple(
