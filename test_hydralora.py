@@ -524,7 +524,7 @@ def within_compile(function, group, mode):
         yield small(group), result(compiled, small(group)), "under torch.compile: "
 
 def autograd_grad(function, group, mode):
-    """It leaves .grad alone; twice, though compiled code may refuse that; the inputs are no leaves."""
+    """It leaves .grad alone; twice, unless compiled code refuses that; the inputs are no leaves."""
     leaves, p = small(group).inputs(), small(group, needs=ADAPTER)
     run = forward(function, p, {name: t * 1.0 for name, t in leaves.items()})
     of, grad_y = [leaves[name] for name in ADAPTER.split()], run.grad_y
