@@ -301,7 +301,7 @@ def tolerance(case, group):
 
     1e-10 in float64. Else 5 times the plain loop's, or 6 eps (3 for y) if that is more, plus 2e-5;
     for a row or column 12 times, or 8 eps (4 for y), plus 5e-5. TF32 is off by some 4e-4. A
-    function that adds up the sums over 32 chunks of tokens in 16 bits reaches 0.4 of this; over
+    function that adds up the sums over 32 chunks of tokens in 16 bits reaches 0.6 of this; over
     1024 chunks it fails in some cases."""
     p = Problem(case, group)
     if group == "float64":
