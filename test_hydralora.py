@@ -109,6 +109,7 @@ def loop(x, W0, bias, A, B, Wg, scaling):
 # ---- What is checked: the cases --------------------------------------------------------------
 INPUTS = ("x", "W0", "bias", "A", "B", "Wg")
 ALL, ADAPTER = " ".join(INPUTS), "x A B Wg"     # what needs a gradient; ADAPTER: a frozen base
+LAYER = "W0 bias A B Wg"                        # of another layer on the same x
 SUMS = ("gradient of A", "gradient of B", "gradient of Wg")     # over tokens
 
 @dataclass(frozen=True)
@@ -431,13 +432,12 @@ ALIGNED = dict(k=64, d=64, r=16, n=8)   # other code often runs here than at 7, 
 
 def calls_in_a_row(function, group, mode):
     """Two layers in turn, other x, one token after a sequence; tensors made in inference mode."""
-    layer = "W0 bias A B Wg"
     for now, size in zip((mode, *MODES["values"], mode), ({}, ALIGNED) * 2):
         with mode():
             inputs = small(group, **size).inputs()
-        for fields in ({}, dict(scaling=-0.5), dict(anew=layer, scaling=0.4), {}, dict(anew="x"),
+        for fields in ({}, dict(scaling=-0.5), dict(anew=LAYER, scaling=0.4), {}, dict(anew="x"),
                        dict(lead=(4, 7), anew=ALL), {}, dict(lead=(2, 1)), dict(
-                       lead=(2, 1), anew=layer, scaling=0.4), dict(lead=(2, 1), anew="x"), {}):
+                       lead=(2, 1), anew=LAYER, scaling=0.4), dict(lead=(2, 1), anew="x"), {}):
             p = small(group, **size, **fields)
             other = p.case.anew.split() + ["x", "grad_y"] * ("lead" in fields)
             found = result(function, p, inputs | {name: p.tensor(name) for name in other}, now)
@@ -527,11 +527,11 @@ def autograd_grad(function, group, mode):
     """It leaves .grad alone; twice, unless compiled code refuses that; the inputs are no leaves."""
     leaves, p = small(group).inputs(), small(group, needs=ADAPTER)
     run = forward(function, p, {name: t * 1.0 for name, t in leaves.items()})
-    of, grad_y = [leaves[name] for name in ADAPTER.split()], run.grad_y
+    of = {name: leaves[name] for name in ADAPTER.split()}
     for again in (True, False):
         with contextlib.suppress(RuntimeError) if again else contextlib.nullcontext():
-            grads = torch.autograd.grad(run.y, of, grad_y, retain_graph=again)
-            yield p, named(run.y, dict(zip(ADAPTER.split(), grads))), "torch.autograd.grad: "
+            grads = torch.autograd.grad(run.y, [*of.values()], run.grad_y, retain_graph=again)
+            yield p, named(run.y, dict(zip(of, grads))), "torch.autograd.grad: "
     fail_unless(p, all(t.grad is None for t in leaves.values()), "it has set .grad")
 
 def changed_before_backward(function, group, mode):
@@ -550,7 +550,7 @@ def each_need(function, group, mode):
 
 def shared_input(function, group, mode):
     """Two layers on one x, as q_proj and v_proj are, and one backward for both."""
-    p, q = small(group), small(group, anew="W0 bias A B Wg")
+    p, q = small(group), small(group, anew=LAYER)
     inputs = p.inputs()
     runs = [forward(function, p, inputs), forward(function, q, q.inputs() | dict(x=inputs["x"]))]
     torch.autograd.backward([run.y for run in runs], [run.grad_y for run in runs])
