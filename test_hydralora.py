@@ -1029,7 +1029,7 @@ def test_kernel_in_a_folder_with_the_two_files_alone(tmp_path):
     assert "\nmine:kernel, values-3d-plain-float64: no_grad, y is wrong" in out
     assert "\nthe same as the known mistake: no scaling\n" in out
 
-# ---- The layer is that function --------------------------------------------------------------
+# ---- The layer is that function ----
 N, K, D, R = 4, 7, 5, 3
 GATES = torch.tensor([0.1, 0.2, -0.3, 0.4], dtype=torch.float64)
 IDS = torch.randint(64, (3, 11), generator=torch.Generator().manual_seed(3))
@@ -1085,20 +1085,19 @@ def test_layer_is_the_reference_also_compiled_and_its_router_sees_no_dropout():
     m.base.register_forward_hook(lambda base, inputs, y: 2 * y)     # base is called, not rebuilt
     torch.testing.assert_close(m.eval()(x) - torch.tensor(y), F.linear(x, *weights[:2]))
 
-class Exchanged(nn.Linear):
-    """What quantisers put in the place of each nn.Linear: a forward without a softmax."""
-
-def test_router_survives_what_exchanges_every_linear_layer():
+def test_gates_survive_what_exchanges_every_linear_layer():
+    """As quantisers do: their layers take the weight, and know of no softmax."""
     model = tiny()
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
-                setattr(parent, name, Exchanged(child.in_features, child.out_features))
+                new = nn.Linear(child.in_features, child.out_features)
+                new.weight = child.weight
+                setattr(parent, name, new)
     with record_gates(model) as gates:
         model(IDS)
-    assert type(model.layers[0].q_proj.base) is Exchanged and len(gates) == 4
+    assert len(gates) == 4
     for w in gates.values():
-        assert (w >= 0).all() and w.std() > 0.01
         torch.testing.assert_close(w.sum(-1), torch.ones(3, 11))
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="PyTorch has no TorchScript there")
@@ -1134,7 +1133,7 @@ def test_scaling_is_the_one_truth_about_the_scale():
     A, B = m.to_lora(GATES)
     torch.testing.assert_close(m.merge(GATES).weight, m.base.weight + 0.5 * B @ A)
 
-# ---- Identities ------------------------------------------------------------------------------
+# ---- Identities ----
 def test_update_starts_at_zero_and_only_heads_have_a_gradient():
     m, x = layer(random_heads=False), tokens(9, K)
     assert torch.equal(m(x), m.base(x))
@@ -1175,30 +1174,29 @@ def test_equal_gates_stay_one_lora_and_routed_heads_part():
     torch.testing.assert_close((equal.lora_A, equal.lora_B[0]), (lora.lora_A, lora.lora_B[0]))
     assert (routed.lora_B[0] - routed.lora_B[1]).norm() > 0.1 * routed.lora_B[0].norm()
 
-# ---- The paper's numbers ---------------------------------------------------------------------
-@pytest.mark.parametrize("num_heads, in_the_paper, exact, with_router", [
-    (3, 0.124, 0.124, 0.136), (10, 0.341, 0.342, 0.381)])
-def test_percent_of_parameters_in_tables_2_and_3(num_heads, in_the_paper, exact, with_router):
-    """q and v of 32 layers, 4096 wide. The paper multiplies LoRA's 0.062 %, and has no router."""
+# ---- The paper's numbers ----
+def test_percent_of_parameters_in_tables_2_and_3():
+    """q and v, 4096 wide, in 32 layers; the paper takes multiples of LoRA's 0.062, no router."""
     llama2_7b = 2 * 32000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
-    m = HydraLoRALinear(nn.Linear(4096, 4096, bias=False, device="meta"), num_heads=num_heads)
-    adapter = m.lora_A.numel() + m.lora_B.numel()
-    assert round(0.062 * adapter / (2 * 8 * 4096), 3) == in_the_paper
-    assert round(100 * 64 * adapter / llama2_7b, 3) == exact
-    assert round(100 * 64 * (adapter + m.router.weight.numel()) / llama2_7b, 3) == with_router
+    for n, in_the_paper, exact, with_router in ((3, 0.124, 0.124, 0.136), (10, 0.341, 0.342, 0.381)):
+        m = HydraLoRALinear(nn.Linear(4096, 4096, bias=False, device="meta"), num_heads=n)
+        adapter, router = m.lora_A.numel() + m.lora_B.numel(), m.router.weight.numel()
+        assert round(0.062 * adapter / (2 * 8 * 4096), 3) == in_the_paper
+        assert round(6400 * adapter / llama2_7b, 3) == exact
+        assert round(6400 * (adapter + router) / llama2_7b, 3) == with_router
 
-# ---- Merge and export ------------------------------------------------------------------------
-class OwnForward(nn.Linear):     # another order of summation, as FalconLinear has
+# ---- Merge and export ----
+class OwnForward(nn.Linear):
+    """Adds up in another order, as transformers' FalconLinear does."""
     def forward(self, x):
         y = F.linear(x[..., 3:], self.weight[:, 3:]) + x[..., :3] @ self.weight[:, :3].T
         return y if self.bias is None else y + self.bias
 
-class OldWeight(nn.Linear):     # computes for ever with the weight that it had at its first call
-    packed = None
-
+class OldWeight(nn.Linear):
+    """Goes on with the weight that it had at its first call."""
     def forward(self, x):
-        self.packed = self.weight.clone() if self.packed is None else self.packed
-        return F.linear(x, self.packed, self.bias)
+        self.old = getattr(self, "old", self.weight.clone())
+        return F.linear(x, self.old, self.bias)
 
 class OldWeightInEval(OldWeight):
     def forward(self, x):
@@ -1208,7 +1206,8 @@ def called_and_changed(base):
     base(torch.ones(1, K, dtype=base.weight.dtype))
     base.weight *= 1.01
 
-def wrapped(base):              # as Accelerate does it
+def wrapped(base):
+    """As Accelerate does it."""
     forward = base.forward
     base.forward = lambda x: forward(x)
 
@@ -1219,14 +1218,12 @@ def int8(base):
     base.weight = nn.Parameter((99 * base.weight).char(), requires_grad=False)
 
 MERGED = {"plain": (nn.Linear, None), "own forward": (OwnForward, None),
-          "wrapped": (nn.Linear, wrapped), "weight not yet old": (OldWeight, None),
-          "harmless hook": (nn.Linear, with_hook(lambda y: None))}
+          "wrapped": (nn.Linear, wrapped), "harmless hook": (nn.Linear, with_hook(lambda y: None))}
 MORE, NO_WEIGHT = "it gives more than W0 x", "its weight is computed, quantised, sharded, or off"
 REFUSED = {
     "old weight": (OldWeight, called_and_changed, MORE),
     "old weight in eval": (OldWeightInEval, called_and_changed, MORE),
     "doubled": (nn.Linear, with_hook(lambda y: 2 * y), MORE),
-    "relu": (nn.Linear, with_hook(torch.relu), MORE),
     "int8": (nn.Linear, int8, NO_WEIGHT),
     "offloaded": (nn.Linear, lambda base: base.to("meta"), NO_WEIGHT),
     "spectral norm": (nn.Linear, nn.utils.parametrizations.spectral_norm, NO_WEIGHT),
@@ -1240,7 +1237,7 @@ def test_merge_gives_a_plain_layer_that_holds_every_update(kind, dtype):
     """Updates from 1e-6 of W0 to 30 times W0; no bias, a usual one and a huge one."""
     (base_class, change), high = MERGED[kind], torch.promote_types(dtype, torch.float32)
     for size, bias in itertools.product((1e-6, 1e-3, 1, 30), (0, 1, 3e4)):
-        base, x = base_class(K, D, bias=bias > 0, dtype=dtype).eval(), tokens(9, K).to(dtype)
+        base, x = base_class(K, D, bias=bias > 0, dtype=dtype), tokens(9, K).to(dtype)
         if bias:
             base.bias *= bias
         if change:
@@ -1249,32 +1246,30 @@ def test_merge_gives_a_plain_layer_that_holds_every_update(kind, dtype):
         nn.init.normal_(m.lora_B)
         A, B = m.to_lora(GATES)
         m.lora_B *= size * base.weight.to(high).norm() / (m.scaling * B @ A).norm()
-        before = m(x)
-        (A, B), merged = m.to_lora(GATES), m.merge(GATES)
-        W = (base.weight.to(high) + m.scaling * (B @ A)).to(dtype)
-        assert type(merged) is nn.Linear and torch.equal(merged.weight, W)      # cast once
-        y = F.linear(x, W, base.bias).double()
-        assert (merged(x) - y).norm() < 10 * torch.finfo(dtype).eps * y.norm()
+        A, B = m.to_lora(GATES)
+        W = (base.weight.to(high) + m.scaling * (B @ A)).to(dtype)          # cast once
+        before, merged = m(x), m.merge(GATES)
+        assert type(merged) is nn.Linear and torch.equal(merged.weight, W)
+        assert torch.equal(merged(x), F.linear(x, W, base.bias))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(m.merge(GATES).weight, W)
-        merged.weight.zero_()
-        assert torch.equal(m(x), before)                        # nothing is shared
-        assert not bias or merged.bias.data_ptr() != base.bias.data_ptr()
+        for p in merged.parameters():
+            p.zero_()
+        assert torch.equal(m(x), before)                                    # nothing is shared
 
 @pytest.mark.parametrize("kind", REFUSED)
 @each_dtype
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
 @torch.no_grad()
 def test_merge_refuses_a_base_that_is_more_than_a_linear_layer(kind, dtype):
-    base_class, change, reason = REFUSED[kind]
+    (base_class, change, reason), first = REFUSED[kind], layer(dtype=dtype)
     for bias in (False, True):
-        base = base_class(K, D, bias=bias, dtype=dtype).eval()
-        m = HydraLoRALinear(base, num_heads=N, r=R)
-        change(base)
-        model = nn.ModuleDict({"first": layer(dtype=dtype), "m": m})
+        m = HydraLoRALinear(base_class(K, D, bias=bias, dtype=dtype).eval(), num_heads=N, r=R)
+        change(m.base)
+        model = nn.ModuleList([first, m])
         with pytest.raises(TypeError, match=f"base cannot be merged: {reason}"):
             merge_hydralora(model, GATES)
-        assert model["m"] is m and isinstance(model["first"], HydraLoRALinear)
+        assert model[0] is first and model[1] is m
 
 def test_merge_refuses_a_weight_that_the_dtype_cannot_hold():
     m = layer(dtype=torch.float16)
@@ -1396,7 +1391,7 @@ def test_export_of_layers_that_differ_in_r_and_scaling():
         assert re.fullmatch(config["target_modules"], name)
         torch.testing.assert_close(m.merge(GATES).weight, m.base.weight + B @ A)
 
-# ---- As a module -----------------------------------------------------------------------------
+# ---- As a module ----
 @each_dtype
 def test_dtypes_of_the_adapter_and_of_y(dtype):
     m, x = layer(dtype=dtype, device=DEVICE), tokens(9, K, dtype=dtype).to(DEVICE)
@@ -1466,7 +1461,7 @@ def test_tiny_transformer_by_its_parts():
     h = F.layer_norm(model.layers[1](block(h)), (64,)) * nn.init.normal_(model.norm.weight)
     torch.testing.assert_close(model(IDS), h @ model.lm_head.weight.T)
 
-# ---- Bad input -------------------------------------------------------------------------------
+# ---- Bad input ----
 plain_tiny = lambda: TinyTransformer(TinyConfig())
 several = [IDS, IDS]
 offloaded = TinyTransformer(TinyConfig())
@@ -1534,7 +1529,7 @@ def test_bad_input_changes_nothing():
             call(model, argument)
         assert len(hydralora_layers(model)) == 4 and torch.equal(model(IDS), logits)
 
-# ---- Choosing N ------------------------------------------------------------------------------
+# ---- Choosing N ----
 def corpus(domains, seed, documents=240, vocabulary=40, length=25, shares=None):
     """Documents of token ids; each domain has its own distribution over the vocabulary."""
     rng = np.random.default_rng(seed)
@@ -1565,7 +1560,7 @@ def test_sse_by_hand():
     square = (1 + math.log(5 / 3)) ** 2                         # of a and b; c, in all, counts 1
     np.testing.assert_allclose(sse, [2 * square / (square + 1), 0, 0], atol=1e-5)
 
-# ---- In real projects ------------------------------------------------------------------------
+# ---- In real projects ----
 def test_transformers_train_and_peft_loads_the_exported_lora(tmp_path):
     transformers, peft, safetensors = map(
         pytest.importorskip, ("transformers", "peft", "safetensors.torch"))
