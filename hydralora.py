@@ -27,8 +27,8 @@ from head to head is in B_i: the asymmetry.
 Where the paper is silent, or at odds with the official code, this file does so. "L" is a
 line of HydraLoRA/peft/tuners/lora.py in github.com/Clin0212/HydraLoRA at afb693b.
 
-    [1] The router reads x, as in the paper's text and L339. Before Eq. 4 the paper gives Wg
-        the shape (r, N), which fits A x.
+    [1] The router reads x, as in the paper's text and L339. Before Eq. 4 the paper gives
+        Wg the shape (r, N), which fits A x.
     [2] The router has no bias (L279) and starts Kaiming-uniform (L299), as A does (L295).
     [3] The softmax is in float32, or float64 for float64, and cast back; L339: in float32.
     [4] The update is scaled by lora_alpha / r (L284, L342); the paper has no such factor.
@@ -36,11 +36,11 @@ line of HydraLoRA/peft/tuners/lora.py in github.com/Clin0212/HydraLoRA at afb693
         (L339). L342 draws a mask for each head; the paper has no dropout.
     [6] y alone is returned. L347 returns a balance loss beside it, always 0 (L344); the
         paper has none.
-    [7] The caller names the layers. Table 2's 0.124 % of parameters fit q and v; the
-        official script takes gate, up and down.
-    [8] Merging needs one w for all tokens, from the caller. The paper merges "based on the
-        input" (3.2.2), as we read it for each token, which is exact; one w for all is not.
-        The official code has no merge.
+    [7] The caller names the layers. Table 2's 0.124 % of parameters fit q and v without
+        any router; the official script takes gate, up and down.
+    [8] Merging takes one w, from the caller, for all tokens, which is not exact. The paper
+        merges "based on the input" (3.2.2): as we read it for each token, which is exact.
+        lora.py has no merge.
 
 Beside the paper, read down to "On a model"; with math and torch that part stands alone.
 """
@@ -73,7 +73,7 @@ def hydralora_delta(x, A, B, gates, scaling: float):
 
         sum_i w_i B_i z  =  [B_1 ... B_n] [w_1 z; ...; w_n z],    z = scaling * A x.
 
-    So it costs what one LoRA of rank n r costs, without a y for each head.
+    So it costs no more than one LoRA of rank n r: there is no y for each head.
     x (..., k), A (r, k), B (n, d, r), gates w (..., n) -> (..., d).
     """
     z = F.linear(x, A) * scaling                # (..., r) [4]
@@ -83,11 +83,12 @@ def hydralora_delta(x, A, B, gates, scaling: float):
 
 
 def hydralora_forward(x, W0, bias, A, B, Wg, scaling):
-    """Eqs. 3 and 4, the layer without dropout, as one function for the tests' oracle.
+    """Eqs. 3 and 4, the layer without dropout, as a function that the oracle can test.
 
-    x (..., k), W0 (d, k), bias (d,) or None, A (r, k), B (n, d, r), Wg (n, k) -> y (...,
-    d). The update has the dtype of A, B and Wg. By hand, with W0 the identity, bias (10,
-    20), A = (1, 1), B_1 = (1, 2), B_2 = (5, -2), Wg = ((ln 3, 0), (0, 0)), scaling 2:
+    x (..., k), W0 (d, k), bias (d,) or None, A (r, k), B (n, d, r), Wg (n, k) -> y (..., d).
+    The update has the dtype of A, B and Wg. By hand, with W0 the identity,
+    bias (10, 20), A = (1, 1), B_1 = (1, 2), B_2 = (5, -2), Wg = ((ln 3, 0), (0, 0)),
+    scaling 2:
 
         x = (1, 2):  W0 x + bias = (11, 22),  A x = 3,  w = softmax(ln 3, 0) = (3/4, 1/4)
         y = (11, 22) + 2 (3/4 (3, 6) + 1/4 (15, -6)) = (23, 28)
@@ -103,7 +104,7 @@ def hydralora_forward(x, W0, bias, A, B, Wg, scaling):
 class Router(nn.Module):
     """Eq. 4 as a module, so that a forward hook sees w: x (..., k) -> w (..., n).
 
-    It is no nn.Linear, since quantisers exchange all of these, and its softmax with them.
+    It is no nn.Linear: quantisers would exchange it, and its softmax with it.
     """
 
     def __init__(self, k, n, device=None, dtype=None):
@@ -198,15 +199,15 @@ class HydraLoRALinear(nn.Module):
 
         gates (n,). It is exact for a token whose mixture is `gates`. For a mixture w, y
         is off by scaling * sum_i (gates_i - w_i) B_i A x [8]. W is cast to W0's dtype
-        once. Hooks of base are not carried over. TypeError if base does more than W0 x +
-        bias, or if its dtype cannot hold W.
+        once. Hooks of base are not carried over. TypeError if base is seen to do more
+        than W0 x + bias, or if its dtype cannot hold W.
         """
         with torch.autocast(self.lora_A.device.type, enabled=False):
             W0, bias = _plain_linear(self.base)             # (d, k), (d,) or None
             A, B = self.to_lora(gates)                      # (r, k), (d, r)
             W = (W0 + self.scaling * (B @ A)).to(W0.dtype)  # (d, k), Eq. 2
         if not W.isfinite().all():
-            raise TypeError(f"base cannot be merged: {W.dtype} cannot hold W: {self.base}")
+            raise TypeError(f"base cannot be merged: W is not finite in {W.dtype}")
         d, k = W.shape
         merged = nn.Linear(k, d, bias is not None, device="meta")
         merged.weight = nn.Parameter(W, requires_grad=W0.requires_grad)
@@ -218,18 +219,18 @@ class HydraLoRALinear(nn.Module):
 def _plain_linear(base):
     """W0 (d, k) and bias (d,) of a base that gives W0 x + bias; TypeError if it does not.
 
-    A hook, a forward of its own or an old weight may give something else. So base is
-    asked, on unit vectors, where no sum rounds.
+    A hook, a forward of its own or an old copy of the weight may give more. So base is
+    asked, on (negative) unit vectors, where no sum rounds.
     """
     W0, bias = base._parameters.get("weight"), base.bias
     if type(W0) is not nn.Parameter or not W0.is_floating_point() or W0.is_meta:
-        raise TypeError("base cannot be merged: its weight is computed, quantised, sharded, "
+        raise TypeError("base cannot be merged: its weight is computed, quantised, sharded "
                         f"or offloaded: {base}")
     k = W0.shape[1]
-    columns = torch.arange(0, k, 1 + k // 64, device=W0.device)  # at most 64 of them
-    x = -F.one_hot(columns, k)[None].to(W0.dtype)  # (1, 64, k)
-    y = F.linear(x, W0, bias)                      # (1, 64, d)
-    if not torch.allclose(base(x).to(y), y, rtol=torch.finfo(y.dtype).eps, atol=0):
+    columns = torch.arange(0, k, 1 + k // 64, device=W0.device)  # (m,), m <= 64
+    x = -F.one_hot(columns, k)[None].to(W0.dtype)                # (1, m, k)
+    y, eps = F.linear(x, W0, bias), torch.finfo(W0.dtype).eps    # (1, m, d)
+    if not torch.allclose(base(x).to(y), y, rtol=eps, atol=0, equal_nan=True):
         raise TypeError(f"base cannot be merged: it gives more than W0 x + bias: {base}")
     return W0, bias
 
@@ -258,10 +259,10 @@ def inject_hydralora(model, targets, **layer_arguments):
     Load the base's weights first: q_proj.weight is q_proj.base.weight afterwards. A
     second injection adds to the first.
 
-    ValueError, with the model as it was, if a target matches no nn.Linear, one on meta,
-    or one whose parent reads its weight and does not call it (nn.MultiheadAttention). If
-    another parent does so, the adapter does nothing, and record_gates has no entry for
-    it.
+    ValueError, with the model as it was, if a target matches nothing, or a layer on
+    meta, or one whose parent reads its weight and does not call it
+    (nn.MultiheadAttention). Another such parent is not noticed: the adapter does
+    nothing, and record_gates has no entry for it.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     parents = {name: modules[name.rpartition(".")[0]] for name in modules}
@@ -271,7 +272,7 @@ def inject_hydralora(model, targets, **layer_arguments):
     for target in [targets] if isinstance(targets, str) else targets:
         found = [name for name in linears if f".{name}".endswith(f".{target}")]
         if not found:
-            raise ValueError(f"no nn.Linear matches {target!r}, of {linears[:10]} ...")
+            raise ValueError(f"{target!r} matches no nn.Linear left, of {linears[:10]} ...")
         chosen += found
     if not chosen:
         raise ValueError("targets is empty")
@@ -340,8 +341,8 @@ def record_gates(model):
 def mean_gates(model, batches, masks=None):
     """Mean w over all tokens of calibration inputs, in eval mode: dict name -> (n,).
 
-    batches: a list of tensors, or of dicts of keyword arguments. masks: a tensor (b, t)
-    for each, true where a token counts. A batch's own attention_mask is not looked at.
+    batches: a list of tensors, or of dicts of keyword arguments. masks: a tensor (b, t) for
+    each, 1 where a token counts. A batch's own attention_mask is not looked at.
     **A fixed mixture can ruin the model: train_toy.py falls from 98.0 to 39.0 %.**
     """
     if isinstance(batches, (torch.Tensor, Mapping)):
@@ -357,9 +358,9 @@ def mean_gates(model, batches, masks=None):
         with hook_gates(model.eval(), lambda name, w: seen.append((name, w))):
             for batch, mask in pairs:
                 model(**batch) if isinstance(batch, Mapping) else model(batch)
-                for name, w in seen:  # (b, t, n)
+                for name, w in seen:
                     if mask is not None:
-                        w = w[mask.to(w.device, torch.bool)]
+                        w = w[mask.to(w.device) == 1]
                     w = w.float().reshape(-1, w.shape[-1])  # (tokens, n)
                     total[name] += w.sum(0)                 # (n,)
                     count[name] += len(w)
@@ -411,10 +412,10 @@ def unmerge_hydralora(model, layers):
 def hydralora_state_dict(model):
     """The adapter: NAME.lora_A (r, k), NAME.lora_B (n, d, r), NAME.router.weight (n, k).
 
-    It follows training; copy it to keep it. Wrappers (DistributedDataParallel,
-    torch.compile, AveragedModel) change the names: pass the model inside. ValueError on
-    meta or sharded: under FSDP2 use get_model_state_dict with full_state_dict and
-    ignore_frozen_params, and load it unsharded.
+    Keep inject_hydralora's arguments beside it: it has no lora_alpha. It follows training;
+    copy it to keep it. Wrappers (DistributedDataParallel, torch.compile, AveragedModel)
+    change the names: pass the model inside. ValueError on meta or sharded: under FSDP2 use
+    get_model_state_dict with full_state_dict and ignore_frozen_params; load it unsharded.
     """
     state = {}
     for name, layer in hydralora_layers(model).items():
@@ -467,7 +468,7 @@ def export_lora(model, gates):
 
     For PEFT's adapter_model.safetensors and adapter_config.json, from PEFT 0.10 on, or
     0.15 if layers differ in r. Auto classes want base_model_name_or_path and task_type.
-    **One fixed mixture can ruin the model: train_toy.py falls from 98.0 to 39.0 %.**
+    **One fixed mixture can ruin the model, see mean_gates.**
     """
     hydralora_state_dict(model)  # refuses adapters without values
     layers = hydralora_layers(model)
@@ -487,7 +488,7 @@ def export_lora(model, gates):
                        r=r, lora_alpha=r, rank_pattern=ranks, alpha_pattern=ranks)
 
 
-# ---- A tiny transformer, names as in Llama ----
+# ---- A tiny transformer, projections named as in Llama ----
 @dataclass
 class TinyConfig:
     vocab_size: int = 64
@@ -565,14 +566,14 @@ def k_means(X, max_centres):
     def squared_distances(C):  # |X_i| = 1: (centres, terms) -> (documents, centres)
         return (1 - 2 * X @ C.T + C.square().sum(1)).clamp_min(0)
 
-    count = max(1, len(X) // (2 * max_centres))  # half a cluster of average size
+    count = max(1, len(X) // (2 * max_centres))  # half a cluster
     nearest = (X @ X.T).topk(count).indices                     # (documents, count)
     means = torch.stack([X[near].mean(0) for near in nearest])  # (documents, terms)
     to_means = squared_distances(means)                         # (documents, documents)
     C = X.mean(0, keepdim=True)                                 # (1, terms)
     sse = []
     for K in range(1, max_centres + 1):
-        for _ in range(20):
+        for _ in range(10):
             squared, owner = squared_distances(C).min(1)  # (documents,), Eq. 7
             S = F.one_hot(owner, K).to(X)                 # (documents, K)
             size = S.sum(0)[:, None]                      # (K, 1)
@@ -594,11 +595,10 @@ def elbow(sse):
 def num_heads_from_corpus(documents, max_heads=10, seed=0):
     """Appendix B: N from the corpus alone, by TF-IDF, k-means and the elbow of the SSE curve.
 
-    documents: sequences of token ids or strings, or strings to split at white space.
-    Returns n and the SSE of 1, ..., max_heads centres. The paper has no rule for the
-    elbow; this one is ours, and reliable for 1 to 10 domains with words of their own and
-    documents of 25 tokens or more. Real text has kinds within kinds: choose n there
-    (Figure 8: 2 to 4).
+    documents: sequences of token ids or strings, not padded, or strings to split at
+    white space. Returns n and the SSE of 1, ..., max_heads centres. The paper has no rule
+    for the elbow; ours is reliable for 1 to 10 domains with words of their own, documents
+    of 25 tokens or more. Real text has kinds within kinds: choose n (Figure 8: 2 to 4).
     """
     if isinstance(documents, str):
         raise TypeError("documents must be a list of documents, got one string")
@@ -609,7 +609,7 @@ def num_heads_from_corpus(documents, max_heads=10, seed=0):
     number = {term: i for i, term in enumerate(dict.fromkeys(terms))}
     columns = torch.tensor([number[term] for term in terms])
     sse = k_means(tf_idf(rows, columns), max_heads + 1)
-    # Every curve has an elbow. Beside it: the same tokens, dealt out at random, three times.
+    # Every curve has an elbow, also that of the same tokens, dealt out at random.
     deal = torch.Generator().manual_seed(seed)
     by_chance = 0
     for _ in range(3):
