@@ -1037,20 +1037,20 @@ each_dtype = pytest.mark.parametrize("dtype", [
     torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
 def layer(k=K, d=D, *, dtype=torch.float64, random_heads=True, device="cpu", **more):
-    """A HydraLoRALinear with heads that are not zero, so that the adapter does something."""
+    """A HydraLoRALinear whose heads are not zero, so that the adapter does something."""
     torch.manual_seed(0)
     made = HydraLoRALinear(nn.Linear(k, d, dtype=dtype, device=device),
                            **dict(num_heads=N, r=R, lora_alpha=2 * R) | more)
     if random_heads:
         nn.init.normal_(made.lora_B)
-        nn.init.normal_(made.router.weight)     # gates that vary from token to token
+        nn.init.normal_(made.router.weight)  # gates that vary from token to token
     return made
 
 def tokens(*shape, dtype=torch.float64, seed=1):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 def fit(model, loss_of, steps, lr=1e-2, **arguments):
-    """The one training loop of these tests: so many AdamW steps; the last loss before its step."""
+    """So many AdamW steps; returns the last loss before its step."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, **arguments)
     for _ in range(steps):
@@ -1064,25 +1064,28 @@ def test_defaults_shapes_and_start():
     one = HydraLoRALinear(base)
     assert (one.num_heads, one.r, one.scaling, one.lora_dropout.p) == (3, 8, 2, 0)
     assert one.base is base and one.weight is base.weight and not one.bias.requires_grad
-    assert (m.lora_A.shape, m.lora_B.shape, m.router.weight.shape) == ((R, K), (N, D, R), (N, K))
     assert m.gates(x).shape == Router(K, N)(x.float()).shape == (2, 9, N)
-    assert set(m.state_dict()) == {"base.weight", "base.bias", "lora_A", "lora_B", "router.weight"}
+    assert {key: tuple(t.shape) for key, t in m.state_dict().items()} == {
+        "lora_A": (R, K), "lora_B": (N, D, R), "router.weight": (N, K),
+        "base.weight": (D, K), "base.bias": (D,)}
     assert torch.equal(pickle.loads(pickle.dumps(m))(x), m(x))
     large = layer(256, 8, r=16, num_heads=16, random_heads=False)
-    for p in (large.lora_A, large.router.weight):               # U(-b, b), b = 1 / sqrt(k)
-        assert 0.97 / 16 < p.abs().max() <= 1 / 16 and abs(p.std() * 16 * 3**0.5 - 1) < 0.05
+    for p in (large.lora_A, large.router.weight):  # U(-b, b), b = 1 / sqrt(k)
+        assert 0.97 / 16 < p.abs().max() <= 1 / 16
+        assert abs(p.std() * 16 * 3**0.5 - 1) < 0.05
 
 def test_layer_is_the_reference_also_compiled_and_its_router_sees_no_dropout():
     m, x = layer(lora_dropout=0.5).eval(), tokens(2, 9, K)
     weights = (m.base.weight, m.base.bias, m.lora_A, m.lora_B, m.router.weight)
-    y, _ = reference(x.numpy(), *(p.detach().numpy() for p in weights), 2.0, np.zeros((2, 9, D)))
+    arrays = [t.detach().numpy() for t in (x, *weights)]
+    y, _ = reference(*arrays, 2.0, np.zeros((2, 9, D)))
     for f in (m, torch.compile(m, fullgraph=True, backend="aot_eager")):
         np.testing.assert_allclose(f(x).detach().numpy(), y, atol=1e-12)
         assert len(torch.autograd.grad(f(x).sum(), weights[2:])) == 3
     with record_gates(m.train()) as gates:
         m(x)
     torch.testing.assert_close(gates[""], torch.softmax(x @ m.router.weight.T, -1))
-    m.base.register_forward_hook(lambda base, inputs, y: 2 * y)     # base is called, not rebuilt
+    m.base.register_forward_hook(lambda base, inputs, y: 2 * y)  # base is called, not rebuilt
     torch.testing.assert_close(m.eval()(x) - torch.tensor(y), F.linear(x, *weights[:2]))
 
 def test_gates_survive_what_exchanges_every_linear_layer():
@@ -1100,13 +1103,14 @@ def test_gates_survive_what_exchanges_every_linear_layer():
     for w in gates.values():
         torch.testing.assert_close(w.sum(-1), torch.ones(3, 11))
 
-@pytest.mark.skipif(sys.version_info >= (3, 14), reason="PyTorch has no TorchScript there")
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="no TorchScript there")
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_layer_becomes_torchscript():
     m, x = layer(), tokens(2, 9, K)
     assert torch.equal(torch.jit.script(m)(x), m(x))
 
-class Operations(torch.utils._python_dispatch.TorchDispatchMode):   # and the sizes that they make
+class Operations(torch.utils._python_dispatch.TorchDispatchMode):
+    """Which operations ran, and the sizes of what they made."""
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
@@ -1121,14 +1125,14 @@ def test_one_product_for_all_heads_and_no_large_temporary():
     assert max(size for _, size in seen.made) <= t * d < t * n * d
     forward = seen.made[:[name for name, _ in seen.made].index("aten.sum.default")]
     products = [name for name, _ in forward if "mm" in name or "matmul" in name]
-    assert len(products) == 4, products                     # W0 x, A x, Wg x and the heads
+    assert len(products) == 4, products  # W0 x, A x, Wg x and the heads
 
 def test_scaling_is_the_one_truth_about_the_scale():
     m, x = layer(), tokens(9, K)
     before, update = m(x), m(x) - m.base(x)
-    m.lora_alpha = 64                   # nothing reads it any more
+    m.lora_alpha = 64  # nothing reads it any more
     assert torch.equal(m(x), before)
-    m.scaling = 0.5                     # a quarter of what it was
+    m.scaling = 0.5  # a quarter of what it was
     torch.testing.assert_close(m(x), m.base(x) + update / 4)
     A, B = m.to_lora(GATES)
     torch.testing.assert_close(m.merge(GATES).weight, m.base.weight + 0.5 * B @ A)
@@ -1157,13 +1161,13 @@ def test_fixed_mixture_is_one_lora_and_its_error_is_the_one_in_the_docstring():
     expected = hydralora_delta(x, m.lora_A, m.lora_B, GATES - m.gates(x), 2.0)
     torch.testing.assert_close(error, expected, rtol=0, atol=1e-12)
     assert error.abs().max() > 0.1 and not A.requires_grad and not B.requires_grad
-    m.router.weight.data.zero_()                                # constant gates: exact for every x
+    m.router.weight.data.zero_()  # constant gates: exact for every x
     torch.testing.assert_close(m.merge(torch.ones(N) / N)(x), m(x), rtol=0, atol=1e-12)
     A.zero_(), B.zero_()
-    assert m.lora_A.all() and m.lora_B.all()                    # they were copies
+    assert m.lora_A.all() and m.lora_B.all()  # they were copies
 
 def test_equal_gates_stay_one_lora_and_routed_heads_part():
-    """Figure 6's "w/o gate" is its "w/o MoE": with equal gates all heads get one gradient."""
+    """Figure 6's "w/o gate" is its "w/o MoE": equal gates give all heads one gradient."""
     routed, x, y = layer(random_heads=False), tokens(64, K), tokens(64, D, seed=2)
     equal, lora = copy.deepcopy(routed), layer(random_heads=False, num_heads=1)
     lora.lora_A.data.copy_(routed.lora_A)
@@ -1171,17 +1175,19 @@ def test_equal_gates_stay_one_lora_and_routed_heads_part():
         for m in (equal, lora, routed):
             fit(m, lambda m: (m(x) - y).square().mean(), 50, eps=1e-30)
     assert torch.equal(equal.lora_B, equal.lora_B[:1].expand_as(equal.lora_B))
-    torch.testing.assert_close((equal.lora_A, equal.lora_B[0]), (lora.lora_A, lora.lora_B[0]))
+    torch.testing.assert_close(equal.lora_A, lora.lora_A)
+    torch.testing.assert_close(equal.lora_B[0], lora.lora_B[0])
     assert (routed.lora_B[0] - routed.lora_B[1]).norm() > 0.1 * routed.lora_B[0].norm()
 
 # ---- The paper's numbers ----
 def test_percent_of_parameters_in_tables_2_and_3():
-    """q and v, 4096 wide, in 32 layers; the paper takes multiples of LoRA's 0.062, no router."""
+    """q and v of 32 layers, 4096 wide; the paper has multiples of LoRA's 0.062, no router."""
     llama2_7b = 2 * 32000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
-    for n, in_the_paper, exact, with_router in ((3, 0.124, 0.124, 0.136), (10, 0.341, 0.342, 0.381)):
-        m = HydraLoRALinear(nn.Linear(4096, 4096, bias=False, device="meta"), num_heads=n)
+    linear = nn.Linear(4096, 4096, bias=False, device="meta")
+    for n, printed, exact, with_router in (3, 0.124, 0.124, 0.136), (10, 0.341, 0.342, 0.381):
+        m = HydraLoRALinear(linear, num_heads=n)
         adapter, router = m.lora_A.numel() + m.lora_B.numel(), m.router.weight.numel()
-        assert round(0.062 * adapter / (2 * 8 * 4096), 3) == in_the_paper
+        assert round(0.062 * adapter / (2 * 8 * 4096), 3) == printed
         assert round(6400 * adapter / llama2_7b, 3) == exact
         assert round(6400 * (adapter + router) / llama2_7b, 3) == with_router
 
@@ -1218,8 +1224,10 @@ def int8(base):
     base.weight = nn.Parameter((99 * base.weight).char(), requires_grad=False)
 
 MERGED = {"plain": (nn.Linear, None), "own forward": (OwnForward, None),
-          "wrapped": (nn.Linear, wrapped), "harmless hook": (nn.Linear, with_hook(lambda y: None))}
-MORE, NO_WEIGHT = "it gives more than W0 x", "its weight is computed, quantised, sharded or off"
+          "wrapped": (nn.Linear, wrapped),
+          "harmless hook": (nn.Linear, with_hook(lambda y: None))}
+MORE = "it gives more than W0 x"
+NO_WEIGHT = "its weight is computed, quantised, sharded or offloaded"
 REFUSED = {
     "old weight": (OldWeight, called_and_changed, MORE),
     "old weight in eval": (OldWeightInEval, called_and_changed, MORE),
@@ -1247,7 +1255,7 @@ def test_merge_gives_a_plain_layer_that_holds_every_update(kind, dtype):
         A, B = m.to_lora(GATES)
         m.lora_B *= size * base.weight.to(high).norm() / (m.scaling * B @ A).norm()
         A, B = m.to_lora(GATES)
-        W = (base.weight.to(high) + m.scaling * (B @ A)).to(dtype)          # cast once
+        W = (base.weight.to(high) + m.scaling * (B @ A)).to(dtype)  # cast once
         before, merged = m(x), m.merge(GATES)
         assert type(merged) is nn.Linear and torch.equal(merged.weight, W)
         assert torch.equal(merged(x), F.linear(x, W, base.bias))
@@ -1255,7 +1263,7 @@ def test_merge_gives_a_plain_layer_that_holds_every_update(kind, dtype):
             assert torch.equal(m.merge(GATES).weight, W)
         for p in merged.parameters():
             p.zero_()
-        assert torch.equal(m(x), before)                                    # nothing is shared
+        assert torch.equal(m(x), before)  # nothing is shared
 
 @pytest.mark.parametrize("kind", REFUSED)
 @each_dtype
@@ -1264,8 +1272,9 @@ def test_merge_gives_a_plain_layer_that_holds_every_update(kind, dtype):
 def test_merge_refuses_a_base_that_is_more_than_a_linear_layer(kind, dtype):
     (base_class, change, reason), first = REFUSED[kind], layer(dtype=dtype)
     for bias in (False, True):
-        m = HydraLoRALinear(base_class(K, D, bias=bias, dtype=dtype).eval(), num_heads=N, r=R)
-        change(m.base)
+        base = base_class(K, D, bias=bias, dtype=dtype).eval()
+        m = HydraLoRALinear(base, num_heads=N, r=R)
+        change(base)
         model = nn.ModuleList([first, m])
         with pytest.raises(TypeError, match=f"base cannot be merged: {reason}"):
             merge_hydralora(model, GATES)
@@ -1279,7 +1288,8 @@ def test_merge_refuses_a_weight_that_the_dtype_cannot_hold():
 
 def tiny(targets=("q_proj", "v_proj"), random_heads=True, **config):
     torch.manual_seed(0)
-    model = inject_hydralora(TinyTransformer(TinyConfig(**config)), targets, num_heads=N, r=R)
+    model = TinyTransformer(TinyConfig(**config))
+    inject_hydralora(model, targets, num_heads=N, r=R)
     for m in hydralora_layers(model).values() if random_heads else ():
         nn.init.normal_(m.lora_B, std=0.3)
         nn.init.normal_(m.router.weight)
@@ -1290,18 +1300,20 @@ def next_token_loss(model, rows=IDS):
 
 @pytest.mark.parametrize("how", ["as it is", "torch.compile(model)", "model.compile()"])
 def test_gates_merge_and_unmerge_also_of_a_model_compiled_before(how):
-    config = dict(num_hidden_layers=2 if how == "as it is" else 1)      # compiling takes seconds
-    model = tiny(**config)
-    run = torch.compile(model, backend="eager") if how == "torch.compile(model)" else model
+    config = dict(num_hidden_layers=2 if how == "as it is" else 1)  # compiling takes seconds
+    model = run = tiny(**config)
+    if how == "torch.compile(model)":
+        run = torch.compile(model, backend="eager")
     if how == "model.compile()":
         model.compile(backend="eager")
     before = run(IDS)
-    with hook_gates(model, lambda name, w: 0 * w):              # the adapters are off
+    with hook_gates(model, lambda name, w: 0 * w):  # the adapters are off
         torch.testing.assert_close(run(IDS), tiny(random_heads=False, **config)(IDS))
     assert torch.equal(run(IDS), before)
     with record_gates(model) as gates:
-        run(IDS[:1]), run(IDS)                                  # the last forward counts
-    assert list(gates) == list(hydralora_layers(model)) and len(gates) == 2 * len(model.layers)
+        run(IDS[:1]), run(IDS)  # the last forward counts
+    assert list(gates) == list(hydralora_layers(model))
+    assert len(gates) == 2 * len(model.layers)
     means = list(mean_gates(run, [IDS]).values())
     torch.testing.assert_close(means, [w.mean((0, 1)) for w in gates.values()])
     held = {name: GATES.roll(i).float() for i, name in enumerate(gates)}
@@ -1314,22 +1326,21 @@ def test_gates_merge_and_unmerge_also_of_a_model_compiled_before(how):
     assert all(m.training for m in model.modules()) and not hydralora_layers(model)
     assert [m.weight.requires_grad for m in merged] == [True, *[False] * (len(gates) - 1)]
     unmerge_hydralora(model.eval(), layers)
-    assert not any(m.training for m in model.modules())         # also those that were away
+    assert not any(m.training for m in model.modules())  # also those that were away
     assert torch.equal(run(IDS), before)
 
 def test_hooks_reset_compiled_code_when_they_come_and_when_they_go(monkeypatch):
-    model, hooks_there = tiny(["layers.0.q_proj"]), []      # PyTorch 2.3 crashes without the second
-    router = model.layers[0].q_proj.router
-    monkeypatch.setattr(torch.compiler, "reset", lambda: hooks_there.append(
-        len(router._forward_hooks)))
+    model, hooks_there = tiny(["layers.0.q_proj"]), []
+    hooks = model.layers[0].q_proj.router._forward_hooks
+    monkeypatch.setattr(torch.compiler, "reset", lambda: hooks_there.append(len(hooks)))
     with record_gates(model):
         pass
-    assert hooks_there == [1, 0]
+    assert hooks_there == [1, 0]  # PyTorch 2.3 crashes without the second reset
 
 def test_mean_gates_counts_every_token_once_and_leaves_the_modes():
     model, batches, name = tiny(), (IDS, IDS[:2, :7]), "layers.1.v_proj"
-    model.layers[1].eval()                                      # a mixture of modes must survive
-    model.layers[0].q_proj.lora_dropout.p = 0.5                 # off where gates are averaged
+    model.layers[1].eval()  # a mixture of modes must survive
+    model.layers[0].q_proj.lora_dropout.p = 0.5  # off where gates are averaged
     twin = copy.deepcopy(model).eval()
     with record_gates(twin) as gates:
         seen = [(twin(batch), gates[name])[1] for batch in batches]
@@ -1347,8 +1358,8 @@ def test_mean_gates_counts_every_token_once_and_leaves_the_modes():
     with pytest.raises(ValueError, match="no token reached .*'spare': 0"):
         mean_gates(model, [IDS])
 
-def test_official_checkpoint_computes_the_official_formula_and_state_round_trip(tmp_path):
-    heads = 11                                                  # B10 is the last, not the third
+def test_official_checkpoint_computes_the_formula_and_state_round_trip(tmp_path):
+    heads = 11  # B10 is the last, not the third
     A, B, Wg = tokens(R, K), tokens(heads, D, R), tokens(heads, K, seed=2)
     m, x = layer(num_heads=heads, random_heads=False), tokens(4, K, seed=3)
     weights = (t.detach().numpy() for t in (x, m.weight, m.bias, A, B, Wg))
@@ -1359,25 +1370,26 @@ def test_official_checkpoint_computes_the_official_formula_and_state_round_trip(
         model = nn.ModuleDict({"q": layer(num_heads=heads)})
         load_hydralora_state_dict(model, from_official_state_dict(state))
         np.testing.assert_allclose(model["q"](x).detach().numpy(), y, atol=1e-10)
-        for key in state:                                       # one part too few
-            part = key.removeprefix(prefix).split(".")[1]
-            said = f"q has no {part}" if part in ("lora_A", "lora_B0", "lora_route") else "lora_B"
-            with pytest.raises(ValueError, match=said):
-                less = from_official_state_dict({k: t for k, t in state.items() if k != key})
-                load_hydralora_state_dict(model, less)
-    for wrong, said in (({}, "no official HydraLoRA"), ({"q.weight": A}, "q.weight has no lora_A"),
-                        (state | {"q.lora_B12.weight": B[0]}, r"it has \['q.lora_B12.weight'\]"),
+        for part in parts:  # one too few
+            less = {key: t for key, t in state.items() if f"q.{part}." not in key}
+            named = part if part in ("lora_A", "lora_B0", "lora_route") else "lora_B"
+            with pytest.raises(ValueError, match=named):
+                load_hydralora_state_dict(model, from_official_state_dict(less))
+    for wrong, said in (({}, "no official HydraLoRA"),
+                        ({"q.weight": A}, "q.weight has no lora_A"),
+                        (state | {"q.lora_B12.weight": A}, r"it has \['q.lora_B12.weight'\]"),
                         (state | {"q.lora_A.weight": A}, "prefix and without")):
         with pytest.raises(ValueError, match=said):
             from_official_state_dict(wrong)
     assert set(hydralora_state_dict(model)) == {"q.lora_A", "q.lora_B", "q.router.weight"}
     torch.save(hydralora_state_dict(model), tmp_path / "adapter.pt")
-    load_hydralora_state_dict(nn.ModuleDict({"q": m}), torch.load(tmp_path / "adapter.pt"))
+    saved = torch.load(tmp_path / "adapter.pt", weights_only=True)
+    load_hydralora_state_dict(nn.ModuleDict({"q": m}), saved)
     assert torch.equal(m(x), model["q"](x))
 
 def test_export_of_layers_that_differ_in_r_and_scaling():
     model = tiny(["layers.1.q_proj"])
-    model.layers[1].q_proj.scaling = 0.5                        # no longer lora_alpha / r
+    model.layers[1].q_proj.scaling = 0.5  # no longer lora_alpha / r
     inject_hydralora(model, "layers.0.o_proj", num_heads=N, r=2, lora_alpha=5)
     nn.init.normal_(model.layers[0].o_proj.lora_B)
     state, config = export_lora(model, GATES)
@@ -1386,8 +1398,9 @@ def test_export_of_layers_that_differ_in_r_and_scaling():
         assert not re.fullmatch(config["target_modules"], other)
     for name, m in hydralora_layers(model).items():
         A, B = (state[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
-        r, alpha = (config[p][f"^{re.escape(name)}"] for p in ("rank_pattern", "alpha_pattern"))
-        assert r == alpha == m.r and A.shape == (r, 64) and B.shape == (64, r)  # PEFT scales by 1
+        r = config["rank_pattern"][f"^{re.escape(name)}"]
+        assert r == config["alpha_pattern"][f"^{re.escape(name)}"] == m.r  # PEFT scales by 1
+        assert A.shape == (r, 64) and B.shape == (64, r)
         assert re.fullmatch(config["target_modules"], name)
         torch.testing.assert_close(m.merge(GATES).weight, m.base.weight + B @ A)
 
@@ -1401,35 +1414,36 @@ def test_dtypes_of_the_adapter_and_of_y(dtype):
     y = m(x)
     assert y.dtype == dtype and torch.equal(y, m.base(x) + delta.to(dtype))
     assert m.to(dtype)(x).dtype == dtype and {p.dtype for p in m.parameters()} == {dtype}
-    assert torch.equal(m(x), y) == (dtype == high)      # an adapter in 16 bits gives something else
+    assert torch.equal(m(x), y) == (dtype == high)  # an adapter in 16 bits gives something else
 
 def test_dropout_has_one_mask_for_all_heads_in_training_only():
     m, x = layer(6, 6, r=6, lora_alpha=12, lora_dropout=0.5), tokens(50, 6)
-    with torch.no_grad():       # A = 1 and B_i = (i + 1) 1, so that the update shows the mask
+    with torch.no_grad():  # A = 1 and B_i = (i + 1) 1, so that the update shows the mask
         m.lora_A.copy_(torch.eye(6))
         m.lora_B.copy_(torch.eye(6) * torch.arange(1, N + 1).view(N, 1, 1))
         mixture = (m.eval().gates(x) * torch.arange(1, N + 1)).sum(-1, keepdim=True)
         torch.testing.assert_close(m(x), m.base(x) + 2.0 * mixture * x)
         mask = (m.train()(x) - m.base(x)) / (2.0 * mixture * x)
-    torch.testing.assert_close(mask, 2.0 * (mask > 1).double())     # 0 or 1 / (1 - 0.5), no mixture
+    torch.testing.assert_close(mask, 2.0 * (mask > 1).double())  # 0 or 1 / (1 - 0.5), no mixture
     assert 0.3 < mask.mean() / 2 < 0.7
 
 def test_injection_and_training_change_no_bit_of_the_rest():
     torch.manual_seed(0)
-    plain, names = TinyTransformer(TinyConfig()).eval(), ["layers.0.q_proj", "layers.1.down_proj"]
+    names = ["layers.0.q_proj", "layers.1.down_proj"]
+    plain = TinyTransformer(TinyConfig()).eval()
     plain.layers[1].train()
     logits = plain(IDS)
     model = inject_hydralora(plain, ["0.q_proj", names[1]], lora_dropout=0.5)
     assert torch.equal(model(IDS), logits) and list(hydralora_layers(plain)) == names
-    for block, training in zip(model.layers, (False, True)):    # as the linear layers were
+    for block, training in zip(model.layers, (False, True)):  # as the linear layers were
         assert all(m.training == training for m in block.modules())
     before, adapter = copy.deepcopy(model.state_dict()), set(hydralora_state_dict(model))
     fit(model, next_token_loss, 3, weight_decay=0.1)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]) == (key not in adapter), key
-    model.layers[0].q_proj.lora_A.requires_grad_(False)         # the caller's choice ...
+    model.layers[0].q_proj.lora_A.requires_grad_(False)  # the caller's choice ...
     model.layers[0].q_proj.base.requires_grad_()
-    inject_hydralora(model, "v_proj")                           # ... outlives a second injection
+    inject_hydralora(model, "v_proj")  # ... outlives a second injection
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == set(hydralora_state_dict(model)) - {"layers.0.q_proj.lora_A"}
 
@@ -1451,7 +1465,8 @@ def test_tiny_transformer_by_its_parts():
     block, other = model.layers[0], nn.TransformerEncoderLayer(
         64, 4, 256, 0, F.gelu, batch_first=True, norm_first=True)
     q_k_v = [block.q_proj.weight, block.k_proj.weight, block.v_proj.weight]
-    nn.init.zeros_(other.self_attn.in_proj_bias), nn.init.zeros_(other.self_attn.out_proj.bias)
+    nn.init.zeros_(other.self_attn.in_proj_bias)
+    nn.init.zeros_(other.self_attn.out_proj.bias)
     other.self_attn.in_proj_weight.data = torch.cat(q_k_v)
     other.self_attn.out_proj.weight = block.o_proj.weight
     other.linear1, other.linear2 = block.up_proj, block.down_proj
@@ -1467,17 +1482,17 @@ several = [IDS, IDS]
 offloaded = TinyTransformer(TinyConfig())
 offloaded.layers[1].to("meta")
 BAD = r"""
-HydraLoRALinear(nn.Linear(2, 2, dtype=torch.complex64))  # must be an nn.Linear with real weights
+HydraLoRALinear(nn.Linear(2, 2, dtype=torch.complex64))  # an nn.Linear with real weights
 layer(r=0, lora_alpha=1)  # r >= 1
 layer(num_heads=0)  # num_heads, r >= 1
 layer(lora_alpha=math.nan)  # finite lora_alpha
 layer(lora_dropout=math.nan)  # lora_dropout < 1
 layer().merge([1, 2, 3])  # gates must be 4 finite numbers, got tensor\(\[1
 layer().merge(GATES / 0)  # gates must be 4 finite numbers, got tensor\(\[inf
-export_lora(tiny(), GATES * math.nan)  # gates must be 4 finite numbers, got tensor\(\[nan
+export_lora(tiny(), GATES * math.nan)  # 4 finite numbers, got tensor\(\[nan
 merge_hydralora(plain_tiny(), GATES)  # the model's layers are \[\]
 merge_hydralora(layer(), GATES)  # model is itself the layer
-export_lora(tiny(["layers.0.q_proj"]), dict.fromkeys(["layers.0.q_proj", "z"], GATES))  # for .*'z'
+export_lora(tiny(), {"z": GATES})  # gates are for \['z'\], the model's layers are \['layers.0.q
 export_lora(tiny().to("meta"), GATES)  # on meta
 export_lora(layer(), GATES)  # one name for each layer
 record_gates(plain_tiny()).__enter__()  # no HydraLoRALinear
@@ -1486,17 +1501,17 @@ mean_gates(tiny(), [IDS], [torch.zeros(3, 11)])  # no token reached
 mean_gates(tiny(), IDS)  # batches must be a list
 mean_gates(tiny(), dict(tokens=IDS))  # batches must be a list
 inject_hydralora(plain_tiny(), [])  # targets is empty
-inject_hydralora(plain_tiny(), "proj")  # 'proj' matches no nn.Linear left, of \['layers.0.q_proj',
+inject_hydralora(plain_tiny(), "proj")  # 'proj' matches no nn.Linear left, of \['layers
 inject_hydralora(tiny(), "q_proj")  # 'q_proj' matches no nn.Linear left
 inject_hydralora(tiny(), ["v_proj.base", "router"])  # 'v_proj.base' matches
 inject_hydralora(nn.Linear(2, 2), "")  # '' matches no
-inject_hydralora(nn.TransformerEncoderLayer(8, 2), "linear1")  # linear1: its parent reads its w
-inject_hydralora(nn.MultiheadAttention(8, 2), "out_proj")  # out_proj: its parent reads its weight
-inject_hydralora(offloaded, ["q_proj", "v_proj"])  # layers.1.q_proj is on meta: load the base's
+inject_hydralora(nn.TransformerEncoderLayer(8, 2), "linear1")  # its parent reads its weight
+inject_hydralora(nn.MultiheadAttention(8, 2), "out_proj")  # its parent reads its weight
+inject_hydralora(offloaded, ["q_proj", "v_proj"])  # layers.1.q_proj is on meta: load the
 hydralora_state_dict(plain_tiny())  # no adapters
 load_hydralora_state_dict(tiny().to("meta"), {})  # on meta
-load_hydralora_state_dict(tiny(), hydralora_state_dict(tiny(["q_proj"])))  # only in the model {
-load_hydralora_state_dict(tiny(["q_proj"]), hydralora_state_dict(tiny()))  # only in state {
+load_hydralora_state_dict(tiny(), hydralora_state_dict(tiny("q_proj")))  # in the model {
+load_hydralora_state_dict(tiny("q_proj"), hydralora_state_dict(tiny()))  # only in state {
 num_heads_from_corpus("one string")  # got one string
 """
 
@@ -1505,27 +1520,30 @@ def test_bad_input_is_refused(line):
     call, said = line.split("  # ")
     with pytest.raises((TypeError, ValueError), match=said) as error:
         eval(call)
-    assert str(error.value).count("layers.") <= 10          # not all names of a large model
+    assert str(error.value).count("layers.") <= 10  # not all names of a large model
 
 def test_bad_input_changes_nothing():
-    for targets, arguments in ((["0", "x"], {}), (["0"], {"lora_dropout": 2}), (["0", "1"], {})):
+    for targets, arguments in (["0", "x"], {}), (["0"], {"lora_dropout": 2}), (["0", "1"], {}):
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.complex64))
         with pytest.raises((ValueError, TypeError)):
             inject_hydralora(model, targets, **arguments)
         assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
     with pytest.raises(ValueError):
         inject_hydralora(offloaded, ["layers.0.q_proj", "layers.1.q_proj"])
-    assert not hydralora_layers(offloaded) and offloaded.layers[0].q_proj.weight.requires_grad
+    assert not hydralora_layers(offloaded)
+    assert all(p.requires_grad for p in offloaded.parameters())
     beside = inject_hydralora(copy.deepcopy(offloaded), "layers.0.q_proj")
     assert list(hydralora_layers(beside)) == ["layers.0.q_proj"]
     model, last = tiny(), "layers.1.v_proj"
     logits, gates = model(IDS), dict.fromkeys(hydralora_layers(model), GATES)
     state = {key: 2 * t for key, t in hydralora_state_dict(model).items()}
-    for call, argument in ((merge_hydralora, {last: GATES}),
-                           (merge_hydralora, gates | {last: torch.ones(3)}),
-                           (load_hydralora_state_dict, state | {f"{last}.lora_A": torch.ones(2)}),
-                           (load_hydralora_state_dict, {k: t.to("meta") for k, t in state.items()}),
-                           (unmerge_hydralora, hydralora_layers(tiny()))):
+    on_meta = {key: t.to("meta") for key, t in state.items()}
+    for call, argument in (
+            (merge_hydralora, {last: GATES}),
+            (merge_hydralora, gates | {last: torch.ones(3)}),
+            (load_hydralora_state_dict, state | {f"{last}.lora_A": torch.ones(2)}),
+            (load_hydralora_state_dict, on_meta),
+            (unmerge_hydralora, hydralora_layers(tiny()))):
         with pytest.raises(ValueError):
             call(model, argument)
         assert len(hydralora_layers(model)) == 4 and torch.equal(model(IDS), logits)
@@ -1535,12 +1553,15 @@ def corpus(domains, seed, documents=240, vocabulary=40, length=25, shares=None):
     """Documents of token ids; each domain has its own distribution over the vocabulary."""
     rng = np.random.default_rng(seed)
     topics = rng.dirichlet(np.full(vocabulary, 0.2), size=domains)
-    which = rng.choice(domains, documents, p=shares) if shares else np.arange(documents) % domains
+    which = np.arange(documents) % domains
+    if shares:
+        which = rng.choice(domains, documents, p=shares)
     return [rng.choice(vocabulary, size=length, p=topics[i]).tolist() for i in which]
 
 @pytest.mark.parametrize("domains", range(1, 11))
 def test_num_heads_finds_the_domains_and_invents_none(domains):
-    assert [num_heads_from_corpus(corpus(domains, seed))[0] for seed in range(5)] == [domains] * 5
+    for seed in range(5):
+        assert num_heads_from_corpus(corpus(domains, seed))[0] == domains
 
 def test_num_heads_of_other_corpora():
     large = corpus(4, 0, vocabulary=1000, length=60, documents=300)
@@ -1548,40 +1569,42 @@ def test_num_heads_of_other_corpora():
     assert [num_heads_from_corpus(c)[0] for c in (large, *unequal)] == [4, 3, 3, 3, 3, 3]
     n, sse = num_heads_from_corpus(documents := corpus(3, 0))
     assert n == 3 and len(sse) == 10 and all(a >= b for a, b in zip(sse, sse[1:]))
-    words, rows = [[f"word{i}" for i in d] for d in documents], list(map(torch.tensor, documents))
-    for same in (words, ["  ".join(d) + "\n" for d in words], (d for d in documents), rows,
-                 [[], *documents[:9], [], *documents[9:], ""]):
+    words = [[f"word{i}" for i in document] for document in documents]
+    texts = ["  ".join(document) + "\n" for document in words]
+    rows = [torch.tensor(document) for document in documents]
+    with_empty_ones = [[], *documents[:9], "", *documents[9:], []]
+    for same in (words, texts, (d for d in documents), rows, with_empty_ones):
         assert num_heads_from_corpus(same, seed=7) == (n, sse)
     assert num_heads_from_corpus(documents, max_heads=1)[0] == 1
 
 def test_sse_by_hand():
     _, sse = num_heads_from_corpus(["a", "b", "a a", "b b"], max_heads=3)
-    np.testing.assert_allclose(sse, [2, 0, 0], atol=1e-5)       # 4 unit vectors, sqrt 1/2 off
+    np.testing.assert_allclose(sse, [2, 0, 0], atol=1e-5)  # 4 unit vectors, sqrt 1/2 off
     _, sse = num_heads_from_corpus(["a c", "b c", "a c", "b c"], max_heads=3)
-    square = (1 + math.log(5 / 3)) ** 2                         # of a and b; c, in all, counts 1
+    square = (1 + math.log(5 / 3)) ** 2  # of a and b; c, in all, counts 1
     np.testing.assert_allclose(sse, [2 * square / (square + 1), 0, 0], atol=1e-5)
 
 # ---- In real projects ----
 def test_transformers_train_and_peft_loads_the_exported_lora(tmp_path):
     transformers, peft, safetensors = map(
         pytest.importorskip, ("transformers", "peft", "safetensors.torch"))
-    torch.manual_seed(0)            # a small random Llama; nothing is downloaded
+    torch.manual_seed(0)  # a small random Llama; nothing is downloaded
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=99)).eval()
     plain, ids = copy.deepcopy(model), torch.randint(2, 99, (4, 12))
     inject_hydralora(model, "0.self_attn.q_proj", r=4)
-    inject_hydralora(model, "1.self_attn.v_proj", r=2, lora_alpha=3)    # another rank and alpha
+    inject_hydralora(model, "1.self_attn.v_proj", r=2, lora_alpha=3)  # another rank and alpha
     fresh, inputs = copy.deepcopy(model), dict(input_ids=ids, labels=ids)
     assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
     last = fit(model, lambda model: model(**inputs).loss, 20, lr=3e-2)
     assert last < 0.97 * plain(**inputs).loss
-    for key, value in model.state_dict().items():       # frozen bit for bit
+    for key, value in model.state_dict().items():  # frozen bit for bit
         if key not in hydralora_state_dict(model):
             assert torch.equal(value, plain.state_dict()[key.replace(".base.", ".")])
     load_hydralora_state_dict(fresh, hydralora_state_dict(model))
     assert torch.equal(fresh(**inputs).logits, model(**inputs).logits)
-    fresh.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    fresh.gradient_checkpointing_enable(dict(use_reentrant=False))
     for m in (model, fresh.train()):
         m.zero_grad()
         m(**inputs).loss.backward()
@@ -1595,7 +1618,8 @@ def test_transformers_train_and_peft_loads_the_exported_lora(tmp_path):
                if isinstance(m, peft.tuners.lora.LoraLayer)}
     assert scaling == {f"base_model.model.{name}": 1 for name in hydralora_layers(model)}
     merge_hydralora(model, gates)
-    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=0, atol=1e-5)
+    merged = model(**inputs).logits
+    torch.testing.assert_close(loaded(**inputs).logits, merged, rtol=0, atol=1e-5)
 
 def test_transformers_offloaded_layers_and_a_subclass_of_linear(tmp_path):
     transformers, accelerate = map(pytest.importorskip, ("transformers", "accelerate"))
@@ -1603,7 +1627,7 @@ def test_transformers_offloaded_layers_and_a_subclass_of_linear(tmp_path):
     config = transformers.FalconConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
     model, ids = transformers.FalconForCausalLM(config).eval(), torch.randint(99, (2, 9))
-    first, second = "h.0.self_attention.query_key_value", "h.1.self_attention.query_key_value"
+    first = "h.0.self_attention.query_key_value"
     assert type(model.get_submodule(f"transformer.{first}")) is not nn.Linear
     for place in ("cpu", "disk"):
         offloaded = copy.deepcopy(model)
@@ -1612,11 +1636,11 @@ def test_transformers_offloaded_layers_and_a_subclass_of_linear(tmp_path):
         else:
             accelerate.disk_offload(offloaded.transformer.h[1], tmp_path, "cpu")
         before = offloaded(ids).logits
-        with pytest.raises(ValueError, match="on meta: .* a layer that is offloaded cannot be"):
+        with pytest.raises(ValueError, match="on meta: .* that is offloaded cannot be adapted"):
             inject_hydralora(offloaded, "query_key_value")
-        inject_hydralora(offloaded, first, num_heads=N)         # beside an offloaded one
+        inject_hydralora(offloaded, first, num_heads=N)  # beside an offloaded one
         assert torch.equal(offloaded(ids).logits, before)
-    inject_hydralora(model, [first, second], num_heads=N)
+    inject_hydralora(model, "query_key_value", num_heads=N)
     for m in hydralora_layers(model).values():
         nn.init.normal_(m.lora_B, std=0.3)
     with hook_gates(model, lambda name, w: GATES.to(w).expand_as(w)):
@@ -1632,7 +1656,7 @@ def one_of_two_processes(rank, rendezvous):
     ids = torch.cat([IDS, IDS.flip(1)])[:4]
     mine, model, single = ids[2 * rank:2 * rank + 2], tiny(), tiny()
     parallel = nn.parallel.DistributedDataParallel(model)
-    for _ in range(2):          # the second forward fails if a parameter had no gradient
+    for _ in range(2):  # the second forward fails if a parameter had no gradient
         model.zero_grad()
         next_token_loss(parallel, mine).backward()
     next_token_loss(single, ids).backward()
@@ -1649,12 +1673,12 @@ def one_of_two_processes(rank, rendezvous):
     state = get_model_state_dict(model, options=options)
     for call, *arguments in ((hydralora_state_dict,), (load_hydralora_state_dict, state),
                              (merge_hydralora, GATES), (export_lora, GATES)):
-        with pytest.raises((ValueError, TypeError), match="or sharded|quantised, sharded"):
+        with pytest.raises((ValueError, TypeError), match="sharded"):
             call(model, *arguments)
     load_hydralora_state_dict(plain, state)
     for key, value in hydralora_state_dict(single).items():
         torch.testing.assert_close(hydralora_state_dict(plain)[key], value, rtol=0, atol=1e-4)
-    os._exit(0)                 # PyTorch's threads sometimes abort an orderly exit
+    os._exit(0)  # PyTorch's threads sometimes abort an orderly exit
 
 def test_two_processes_train_as_one(tmp_path):
     fsdp = pytest.importorskip("torch.distributed.fsdp")
