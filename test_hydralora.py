@@ -1204,10 +1204,6 @@ class OldWeight(nn.Linear):
         self.old = getattr(self, "old", self.weight.clone())
         return F.linear(x, self.old, self.bias)
 
-class OldWeightInEval(OldWeight):
-    def forward(self, x):
-        return nn.Linear.forward(self, x) if self.training else super().forward(x)
-
 def called_and_changed(base):
     base(torch.ones(1, K, dtype=base.weight.dtype))
     base.weight *= 1.01
@@ -1230,7 +1226,6 @@ MORE = "it gives more than W0 x"
 NO_WEIGHT = "its weight is computed, quantised, sharded or offloaded"
 REFUSED = {
     "old weight": (OldWeight, called_and_changed, MORE),
-    "old weight in eval": (OldWeightInEval, called_and_changed, MORE),
     "doubled": (nn.Linear, with_hook(lambda y: 2 * y), MORE),
     "int8": (nn.Linear, int8, NO_WEIGHT),
     "offloaded": (nn.Linear, lambda base: base.to("meta"), NO_WEIGHT),
@@ -1459,22 +1454,18 @@ def test_a_layer_under_two_names_gets_one_adapter():
     unmerge_hydralora(model, layers)
     assert model["a"] is model["b"][0] is layers["a"]
 
-def test_tiny_transformer_by_its_parts():
+def test_block_of_the_tiny_transformer_is_the_one_of_pytorch():
     torch.manual_seed(0)
-    model, h = TinyTransformer(TinyConfig()), tokens(1, 5, 64, dtype=torch.float32)
-    block, other = model.layers[0], nn.TransformerEncoderLayer(
-        64, 4, 256, 0, F.gelu, batch_first=True, norm_first=True)
-    q_k_v = [block.q_proj.weight, block.k_proj.weight, block.v_proj.weight]
-    nn.init.zeros_(other.self_attn.in_proj_bias)
-    nn.init.zeros_(other.self_attn.out_proj.bias)
-    other.self_attn.in_proj_weight.data = torch.cat(q_k_v)
-    other.self_attn.out_proj.weight = block.o_proj.weight
+    block, h = TinyTransformer(TinyConfig()).layers[0], tokens(1, 5, 64, dtype=torch.float32)
+    other = nn.TransformerEncoderLayer(64, 4, 256, 0, F.gelu, batch_first=True, norm_first=True)
+    attention = other.self_attn
+    nn.init.zeros_(attention.in_proj_bias), nn.init.zeros_(attention.out_proj.bias)
+    attention.in_proj_weight.data = torch.cat(
+        [block.q_proj.weight, block.k_proj.weight, block.v_proj.weight])
+    attention.out_proj.weight = block.o_proj.weight
     other.linear1, other.linear2 = block.up_proj, block.down_proj
     causal = nn.Transformer.generate_square_subsequent_mask(5)
     torch.testing.assert_close(block(h), other(h, causal), rtol=1e-4, atol=1e-5)
-    h = model.token_embedding.weight[IDS] + model.position_embedding.weight[:11]
-    h = F.layer_norm(model.layers[1](block(h)), (64,)) * nn.init.normal_(model.norm.weight)
-    torch.testing.assert_close(model(IDS), h @ model.lm_head.weight.T)
 
 # ---- Bad input ----
 plain_tiny = lambda: TinyTransformer(TinyConfig())
@@ -1504,7 +1495,6 @@ inject_hydralora(plain_tiny(), [])  # targets is empty
 inject_hydralora(plain_tiny(), "proj")  # 'proj' matches no nn.Linear left, of \['layers
 inject_hydralora(tiny(), "q_proj")  # 'q_proj' matches no nn.Linear left
 inject_hydralora(tiny(), ["v_proj.base", "router"])  # 'v_proj.base' matches
-inject_hydralora(nn.Linear(2, 2), "")  # '' matches no
 inject_hydralora(nn.TransformerEncoderLayer(8, 2), "linear1")  # its parent reads its weight
 inject_hydralora(nn.MultiheadAttention(8, 2), "out_proj")  # its parent reads its weight
 inject_hydralora(offloaded, ["q_proj", "v_proj"])  # layers.1.q_proj is on meta: load the
