@@ -123,8 +123,8 @@ class HydraLoRALinear(nn.Module):
     """A frozen nn.Linear, base (d, k), with a HydraLoRA update: x (..., k) -> y (..., d).
 
     num_heads: n. r: the rank of A and of each B_i. lora_alpha: scaling = lora_alpha / r.
-    lora_dropout: its probability. The adapter is float32, or float64 for a float64 base,
-    and y has the dtype of base(x).
+    lora_dropout: its probability. The adapter is float32, or float64 for a float64 base
+    (official script: bfloat16), and y has the dtype of base(x).
     """
 
     def __init__(self, base, *, num_heads=3, r=8, lora_alpha=16, lora_dropout=0.0):
@@ -286,12 +286,9 @@ def inject_hydralora(model, targets, **layer_arguments):
     for layer in hydralora_layers(model).values():
         for p in (layer.lora_A, layer.lora_B, layer.router.weight):
             flags.pop(p, None)      # an earlier injection's adapters stay as they are
-    new = {}
     try:
-        for name in chosen:
-            base = modules[name]
-            if base not in new:     # a layer may have two names
-                new[base] = HydraLoRALinear(base, **layer_arguments)
+        new = {modules[name]: HydraLoRALinear(modules[name], **layer_arguments)
+               for name in chosen}
     except Exception:
         for p, flag in flags.items():
             p.requires_grad_(flag)

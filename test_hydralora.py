@@ -1207,7 +1207,7 @@ def test_merge_gives_a_plain_layer_that_holds_every_update(kind, dtype):
     """Updates from 1e-6 of W0 to 30 times W0; no bias, a usual one and a huge one."""
     (base_class, change), high = MERGED[kind], torch.promote_types(dtype, torch.float32)
     for size, bias in itertools.product((1e-6, 1e-3, 1, 30), (0, 1, 3e4)):
-        base, x = base_class(K, D, bias=bias > 0, dtype=dtype), tokens(9, K).to(dtype)
+        base, x = base_class(K, D, bias=bias > 0, dtype=dtype).eval(), tokens(9, K).to(dtype)
         if bias:
             base.bias *= bias
         if change:
@@ -1220,6 +1220,7 @@ def test_merge_gives_a_plain_layer_that_holds_every_update(kind, dtype):
         W = (base.weight.to(high) + m.scaling * (B @ A)).to(dtype)  # cast once
         before, merged = m(x), m.merge(GATES)
         assert type(merged) is nn.Linear and torch.equal(merged.weight, W)
+        assert not merged.training
         assert torch.equal(merged(x), F.linear(x, W, base.bias))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(m.merge(GATES).weight, W)
