@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: MIT
 """An oracle for HydraLoRA, then the tests of hydralora.py in the order in which a reader asks.
 
-The oracle calls any function with the signature of hydralora.hydralora_forward. It compares
-y and the gradients with the paper's equations. It needs this file and hydralora.py alone:
+The oracle calls any function with the signature of hydralora.hydralora_forward, and needs
+this file and hydralora.py alone:
 
     HYDRALORA_IMPL=module:function python -m pytest test_hydralora.py -k oracle -x
 
 It runs on the GPU if there is one; HYDRALORA_DEVICE=cpu, cuda:1 ... chooses. `hydralora_layer`
-below shows how a layer takes part. -x stops at the first failure: its message says what is
-wrong, where, by how much, and in which Case. To see what is asked, read `reference`, the
-equations; CASES, the calls; `tolerance`; `forward`, what holds for every call; and STATES,
-what holds from one call to the next.
-
+below shows how a layer takes part. The message of a failure says what is wrong, where, and in
+which Case. To see what is asked, read `reference`, CASES, `tolerance`, `forward` and STATES.
 Select what your code is made for by words, as in -k "oracle and values" for a kernel without
 a backward, or -k "oracle and 3d and not float64 and not empty":
 
@@ -28,10 +25,9 @@ and by the group, which is a choice of dtypes. LARGE cases run in three, the oth
     autocast, autofp16  all float32, under autocast to bfloat16, or float16; y in either dtype
     automix, autonorm   autocast, W0 and bias bfloat16; x bfloat16, or float32 as from LayerNorm
 
-Without autocast y has the dtype of x. In 16 bits the sums over 4096 tokens may be rounded
-after each of 32 chunks, but not after each of 256. W0 and bias may get no gradient, as of a
-frozen base; one that they do get is checked. within-compile is skipped where PyTorch refuses
-to compile. Not asked for: second derivatives, subnormal numbers, inf in x.
+Without autocast y has the dtype of x. In bfloat16, sums over 4096 tokens may be rounded after
+each of 32 chunks, but not after each of 256. W0 and bias may get no gradient, as of a frozen
+base; one that they do get is checked. No second derivatives are asked for.
 """
 import concurrent.futures
 import contextlib
@@ -52,7 +48,7 @@ import torch
 import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
-torch.set_num_threads(1)        # the tensors are small; more threads only get in each other's way
+torch.set_num_threads(1)        # the tensors are small
 
 SETTINGS = {name: value for name, value in os.environ.items() if name.startswith("HYDRALORA_")}
 NAME = SETTINGS.get("HYDRALORA_IMPL", "hydralora:hydralora_forward")
@@ -103,7 +99,7 @@ def reference(x, W0, bias, A, B, Wg, scaling, grad_y):
 
 def loop(x, W0, bias, A, B, Wg, scaling):
     """The sum of Eq. 3 as it is printed, in torch: how much a dtype rounds, and in float64 the
-    reference where the loops above are slow."""
+    reference where NumPy is slow."""
     y, x = F.linear(x, W0, bias), x.to(A.dtype)
     w, z = F.linear(x, Wg).softmax(-1), F.linear(x, A)
     for i in range(len(B)):
@@ -206,62 +202,51 @@ LAID = {f"laid-{layout}": Case(lead=(2, 3, 4)[-max(2, least - 1):],
                                layouts=laid(layout, max(3, least)))
         for layout, (least, _) in LAYOUTS.items()}
 
-# Sizes of drawn cases: (least, most), or one of these words, or "any" or "odd", see draw_size.
-WORDS = dict(tile=(64, 128), tiles=(64, 128, 192, 256, 512), sixteens=(16, 32, 64))
-SMALL, FEW, HUGE = (1, 40), (3, 8), (12001, 20000)
-SIZES = dict(k="any", d="any", r=(1, 47), n=(2, 8), tokens=(1, 200), sequences=(1, 3), axes=(1, 5))
-KINDS = {       # what is not as in SIZES: something is large, or of unequal kinds, in each
-    "whole-matrix": dict(k="tile", d="tile", tokens="odd", axes=(3, 3), r=(1, 24), n=(2, 4)),
-    "whole-tokens": dict(k=(65, 127), d=(65, 127), tokens="tiles", r=(1, 24), n=(2, 4)),
-    "whole-k": dict(k="tiles", d="odd"),
-    "whole-d": dict(k="odd", d="tiles"),
-    "whole-all": dict(k="tile", d="tiles", tokens="tile", r="sixteens", n=(2, 4), axes=(2, 2)),
-    "whole-r": dict(k=(64, 64), d=(64, 64), r="tiles", tokens=FEW),
-    "large-r": dict(r=(129, 256), d=SMALL, tokens=FEW),
-    "many-heads": dict(n=(33, 67), r=(33, 64), k=SMALL, d=SMALL, tokens=FEW),
-    "huge-k": dict(k=HUGE, d=(1, 12), tokens=FEW, axes=(1, 3), r=(1, 24), n=(2, 4)),
-    "huge-d": dict(d=HUGE, k=(1, 12), tokens=FEW, axes=(2, 3), r=(1, 4), n=(2, 4)),
-    "huge-tokens": dict(tokens=HUGE, k=FEW, d=FEW, axes=(2, 2), r=(1, 8), n=(2, 4)),
-    "many-sequences": dict(sequences=(129, 300), k=(1, 99), d=FEW, tokens=FEW, axes=(3, 3)),
-    "one-token": dict(sequences=(33, 300), tokens=(1, 1), axes=(3, 3)),
+SMALL, FEW, HUGE = range(1, 41), range(3, 9), range(12001, 20001)
+TILE, TILES, ODD = (64, 128), (64, 128, 192, 256, 512), range(65, 576, 2)
+ANY = (*SMALL, *TILES * 4, *ODD[::10])
+SIZES = dict(k=ANY, d=ANY, r=range(1, 48), n=FEW, tokens=range(1, 201), sequences=(1, 2, 3),
+             axes=(1, 2, 3, 4, 5))
+LITTLE = dict(r=range(1, 25), n=(2, 3, 4))
+KINDS = {       # of drawn cases: what is not as in SIZES. Something is large, or odd, in each.
+    "all-whole": LITTLE | dict(k=TILE, d=TILES, tokens=TILE, r=(16, 32, 64), axes=(2,)),
+    "odd-tokens": LITTLE | dict(k=TILE, d=TILE, tokens=ODD, axes=(3,)),
+    "odd-layer": LITTLE | dict(k=ODD[:32], d=ODD[:32], tokens=TILES),
+    "odd-d": dict(k=TILES, d=ODD),
+    "odd-k": dict(k=ODD, d=TILES),
+    "large-r": dict(r=range(129, 257), d=SMALL, tokens=FEW),
+    "whole-r": dict(r=TILES, k=TILE, d=TILE, tokens=FEW),
+    "many-heads": dict(n=range(33, 68), r=range(33, 65), k=SMALL, d=SMALL, tokens=FEW),
+    "huge-k": LITTLE | dict(k=HUGE, d=FEW, tokens=FEW, axes=(1, 2, 3)),
+    "huge-d": LITTLE | dict(k=FEW, d=HUGE, r=FEW, tokens=FEW, axes=(2, 3)),
+    "huge-tokens": LITTLE | dict(k=FEW, d=FEW, r=FEW, tokens=HUGE, axes=(2,)),
+    "many-sequences": dict(d=FEW, tokens=FEW, sequences=range(129, 301), axes=(3,)),
+    "one-token": dict(tokens=(1,), sequences=range(33, 301), axes=(3,)),
 }
 
-def draw_size(rng, size):
-    if size == "any":
-        size = (SMALL, SMALL, "tiles", "odd")[rng.integers(4)]
-    if size == "odd":
-        return int(rng.choice(WORDS["tiles"])) + 2 * int(rng.integers(32)) + 1
-    if size in WORDS:
-        return int(rng.choice(WORDS[size]))
-    return int(rng.integers(*size, endpoint=True))
-
 def draw_case(kind, seed):
-    """A case of this kind, all else at random."""
+    """A name and a case of this kind, all else at random."""
     rng = np.random.default_rng(seed)
 
     def one_of(*values):
         return values[rng.integers(len(values))]
 
-    sizes = {name: draw_size(rng, size) for name, size in (SIZES | KINDS[kind]).items()}
-    k, d, r, n, tokens, sequences, axes = sizes.values()
-    lead = (one_of(1, 2, 3), one_of(1, 2, 3), sequences, tokens)[5 - axes:]     # the last of them
+    k, d, r, n, tokens, sequences, axes = (
+        one_of(*(SIZES | KINDS[kind])[name]) for name in SIZES)
+    lead = (one_of(1, 2, 3), one_of(1, 2, 3), sequences, tokens)[5 - axes:]
     if math.prod(lead) * k * (d + n * r) > 1.6e7:
         lead = (*lead[:-1], min(tokens, 8))     # so that a call takes milliseconds
     share = one_of(0, 0.6, 0.9)
-    layouts = [(name, one_of(*(layout for layout in LAYOUTS if fits(name, layout, axes))))
-               for name in TENSORS if rng.random() < share]
+    layouts = tuple((name, one_of(*(word for word in LAYOUTS if fits(name, word, axes))))
+                    for name in TENSORS if rng.random() < share)
     some = " ".join(name for name in INPUTS if rng.random() < 0.5)
-    return Case(lead, k, d, r, n, bias=rng.random() < 0.7,
-                scaling=one_of(1.0, 2.0, 0.5, float(rng.normal())),
-                logits=one_of(0.5, 1.0, 1.0, 2.0), layouts=tuple(layouts), seed=seed,
-                needs=one_of(ALL, ADAPTER, ADAPTER, some, one_of(*INPUTS)))
+    name = f"drawn-{kind}-{seed}-{'x'.join(map(str, lead)) or 1}-k{k}-d{d}-r{r}-n{n}"
+    return name, Case(
+        lead, k, d, r, n, bias=rng.random() < 0.7, layouts=layouts, seed=seed,
+        scaling=one_of(1.0, 2.0, 0.5, float(rng.normal())), logits=one_of(0.5, 1.0, 1.0, 2.0),
+        needs=one_of(ALL, ADAPTER, ADAPTER, some, one_of(*INPUTS)))
 
-def id_of(kind, c):
-    tokens = "x".join(map(str, c.lead)) or "1"
-    return f"drawn-{kind}-{c.seed}-{tokens}-k{c.k}-d{c.d}-r{c.r}-n{c.n}"
-
-DRAWN = {id_of(kind, case): case for kind, case in (
-    (kind, draw_case(kind, seed)) for seed, kind in enumerate([*KINDS, *KINDS]))}
+DRAWN = dict(draw_case(kind, seed) for seed, kind in enumerate([*KINDS, *KINDS]))
 CASES = CHOSEN | LAID | DRAWN | LARGE
 
 GROUPS = {  # word for -k: the dtypes of x; of W0 and bias; of A, B and Wg; and autocast's
@@ -344,8 +329,8 @@ def by_torch(tensors, scaling):
 
 @functools.cache
 def solution(case, group):
-    """quantity -> float64, from what the tensors hold after rounding; by torch where the loops in
-    NumPy are slow. A test holds one against the other."""
+    """quantity -> float64, from what the tensors hold after rounding; by torch where NumPy is
+    slow. A test holds one against the other."""
     slow = math.prod(case.lead) * case.n > 64 or case.d * case.r > 1e4
     solve = by_torch if slow else by_numpy
     return solve(as_float64(Problem(case, group).inputs()), case.scaling)
@@ -367,10 +352,9 @@ def tolerance(case, group):
             for q, t in rounded.items()}
 
 def error_of(quantity, found, p, right=None):
-    """How far a quantity is off in its worst row (one token) or column.
-
-    That is the norm of the difference, divided by the norm of an average row or column of what is
-    right, or by the size that it has in most cases if that is more. None counts as 0."""
+    """How far a quantity is off in its worst row (one token) or column: the norm of the
+    difference, divided by that of an average row or column of what is right, or by the size
+    that it usually has if that is more. None counts as 0."""
     right, c = p.expected[quantity] if right is None else right, p.case
     squares = torch.atleast_2d((0 if found is None else found) - right).flatten(0, -2).square()
     if not squares.numel():
@@ -402,10 +386,7 @@ def must_be_right(found, p, moment="", known=()):
     if names:
         lines += [f"the same as the known mistake: {' or '.join(names)}"]
     elif p.group == "float32" and worst == "y" and error < 5e-3:
-        lines += ["errors of this size come from TF32, which can be switched off, or from 16 bits"]
-    elif (p.y_dtype.itemsize == 2 and math.prod(p.case.lead) > 99 and worst in SUMS_OVER_TOKENS
-          and error < 0.3):
-        lines += ["errors of this size come from sums over tokens that are rounded to 16 bits"]
+        lines += ["errors of this size come from TF32 or from 16 bits"]
     raise Finding("\n".join(lines))
 
 def where(quantity, found, p):
@@ -466,8 +447,7 @@ def forward(function, p, inputs=None, mode=torch.enable_grad):
     fail_unless(p, asked or not y.requires_grad, "y requires a gradient where none is asked for")
     fail_unless(p, y.requires_grad or set(asked) <= {"W0", "bias"}, "y has no gradient. "
                 'No backward? -k "oracle and values". Are weights copied? See hydralora_layer')
-    fail_unless(p, mode is torch.inference_mode or not y.is_inference(),
-                "y is an inference tensor")
+    fail_unless(p, mode is torch.inference_mode or not y.is_inference(), "y is an inference tensor")
     fail_unless(p, all(stride or size < 2 for size, stride in zip(shape, y.stride())),
                 "y overlaps itself in memory, so that it cannot be changed in place")
     run = SimpleNamespace(p=p, y=y, inputs=inputs, before=before, asked=asked,
@@ -521,9 +501,8 @@ def unlike_layers(function, group, mode):
                 yield p, result(function, p, mode=mode), "layers of one shape in turn: "
 
 def tensor_changes(function, group, mode):
-    """Between calls a tensor gets its right numbers: in place, as an optimizer does it; by
-    .data, which leaves no trace; or as other memory, as .to() and offloading do it. Its sum
-    and its first number were right before."""
+    """Between calls, in place as by an optimizer, by .data, which leaves no trace, or as other
+    memory, as by offloading. The sum and the first number stay the same."""
     alive = []                  # so that no address is used twice
     for name, way, (needs, size) in itertools.product(
             INPUTS, ("in place", "by .data", "as new .data"), ((ALL, {}), ("x", ALIGNED))):
@@ -571,21 +550,22 @@ def output_changes(function, group, mode):
         fail_unless(run.p, False, f"y cannot be changed in place: {error}")
     if run.asked:
         with contextlib.suppress(RuntimeError):
-            halved = {quantity: t if t is None else t / 2 for quantity, t in backward(run).items()}
+            halved = {quantity: t / 2 for quantity, t in backward(run).items()}
             yield run.p, halved, "y changed in place, then backward: "
     yield run.p, result(function, run.p, run.inputs, mode), "an earlier y was changed in place: "
 
 def nan_stays(function, group, mode):
     """In its token or its output; from x, Wg and grad_y also in the gradients of A, B and Wg,
     as inf of grad_y, which a GradScaler looks for."""
-    p, nan = problem(group), math.nan
+    p, first, output = problem(group), (0, 1, 0), (..., 2)
     for name, value, index, reached in (
-            ("x", nan, (0, 1, 0), (0, 1)), ("W0", nan, (2, 0), (..., 2)), ("bias", nan, 2, (..., 2)),
-            ("A", nan, (0, 0), ...), ("B", nan, (0, 2, 0), (..., 2)), ("Wg", nan, (0, 0), ...),
-            ("grad_y", nan, (0, 1, 0), slice(0)), ("grad_y", math.inf, (0, 1, 0), slice(0))):
-        inputs = p.inputs()
+            ("x", math.nan, first, (0, 1)), ("W0", math.nan, (2, 0), output),
+            ("bias", math.nan, 2, output), ("A", math.nan, (0, 0), ...),
+            ("B", math.nan, (0, 2, 0), output), ("Wg", math.nan, (0, 0), ...),
+            ("grad_y", math.nan, first, slice(0)), ("grad_y", math.inf, first, slice(0))):
+        inputs, moment = p.inputs(), f"{value} in {name}: "
         inputs[name].data[index] = value
-        found, moment = as_float64(result(function, p, inputs, mode), True), f"{value} in {name}: "
+        found = as_float64(result(function, p, inputs, mode), copy=True)
         fail_unless(p, found["y"][reached].isnan().all(), f"{moment}y is not nan there")
         found["y"][reached] = p.expected["y"][reached]
         yield p, {"y": found["y"]}, f"{moment}the rest: "
@@ -620,18 +600,16 @@ def nothing_kept(function, group, mode):
 def two_threads(function, group, mode):
     """Two threads that share one call, and two that call at once. The latter is a smoke test."""
     if group in LARGE_IN:       # it is slow where other programs run
-        p = problem(group, lead=(2, 64))
         torch.set_num_threads(2)
-        found = result(function, p, mode=mode)
-        torch.set_num_threads(1)
-        yield p, found, "two threads for one call: "
+        try:
+            found = result(function, problem(group), mode=mode)
+        finally:
+            torch.set_num_threads(1)
+        yield problem(group), found, "two threads for one call: "
     problems = [problem(group, seed=i % 2, scaling=1.75 - i % 2) for i in range(16)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         found = pool.map(lambda p: result(function, p, mode=mode), problems)
         yield from zip(problems, found, itertools.repeat("two calls at once: "))
-
-class Refusal(Exception):
-    """PyTorch does not compile the function."""
 
 def within_compile(function, group, mode):
     """Only PyTorch's compiler may refuse, and not because an operation of the function fails."""
@@ -647,7 +625,7 @@ def within_compile(function, group, mode):
         if isinstance(error, dynamo.TorchRuntimeError):     # unless a custom one gives no shape
             refused = "no fake impl" in str(error)
         if refused:
-            raise Refusal(f"PyTorch does not compile it: {error}") from error
+            pytest.skip(f"PyTorch does not compile it: {error}")
         raise
     yield p, found, "under torch.compile: "
 
@@ -733,7 +711,7 @@ def verdict(function, compared, name, group):
         check(function, compared, name, group, KNOWN)
     except Finding as finding:
         return str(finding)
-    except (KeyboardInterrupt, Refusal):
+    except (KeyboardInterrupt, pytest.skip.Exception):
         raise
     except BaseException as error:
         *_, last = traceback.extract_tb(error.__traceback__)
@@ -746,11 +724,7 @@ def verdict(function, compared, name, group):
     for one in CHECKS])
 def test_oracle(compared, name, group, request):
     """If the check fails, the test fails with a message instead of a traceback."""
-    try:
-        message = verdict(IMPLEMENTATION, compared, name, group)
-    except Refusal as refusal:
-        pytest.skip(str(refusal))
-    if message:
+    if message := verdict(IMPLEMENTATION, compared, name, group):
         pytest.fail(f"{NAME}, {request.node.callspec.id}: {message}", pytrace=False)
 
 # ---- The oracle's own tests ------------------------------------------------------------------
@@ -777,16 +751,16 @@ from hydralora import (
 
 HERE = Path(__file__).parent
 
-# Wrong implementations that somebody could write. Each is EINSUM with one line more: after the
-# line that sets the same name or, for an argument, at the top. It has to fail in each case and
-# state that it stands under, and in each of the groups that are named there, or else in float32
-# and bfloat16. Where that is not plain, plain has to let it pass, so that the case or state is
-# needed. What the message has to say may follow, so that each single check is needed. A line
-# with $ is one for each input.
+# Wrong implementations that somebody could write: EINSUM with one line more, after the line
+# that sets the same name or, for an argument, at the top. Each has to fail in the cases and
+# states that it stands under, in the groups named there, or else in float32 and bfloat16. All
+# but those under plain have to pass plain: so each case and state is needed. The message has
+# to say the words that may follow the name: so each check is needed. $ is each input in turn.
 
 EINSUM = """
 def changed(x, W0, bias, A, B, Wg, s):
     (n, d, r), k, t = B.shape, x.shape[-1], x.shape[-2] if x.dim() > 1 else 0
+    rest = (W0, bias, A, B, Wg, s)
     base = F.linear(x, W0, bias)
     h = x.to(A.dtype)
     logits = F.linear(h, Wg)
@@ -864,8 +838,8 @@ def tf32(t):
     return valued(t, bits.view(torch.float32).to(t.dtype))
 
 def kept(memory, t, *key):
-    """What was there at the first call with this key, shape and dtype. The memory t.__dict__
-    is that of a kernel that knows t by its id, were no id ever used twice."""
+    """What was there at the first call with this key, shape and dtype. With t.__dict__ for a
+    memory it is kept as if by id(t), and no id is used twice."""
     return valued(t, memory.setdefault((t.shape, t.dtype, *key), t.detach().clone()))
 
 def read_again(t, by):
@@ -876,35 +850,27 @@ def read_again(t, by):
 training = torch.is_grad_enabled
 by_einsum = with_line("y = y")
 KNOWN_LINES = table(r"""
-[plain]
+[plain float64 float32 bfloat16 half mixed mixfp16 autocast autofp16 automix autonorm]
 s = 1.0  # no scaling
+[plain]
 delta = delta / r  # scaling divided by r again
 w = (s * logits).softmax(-1)  # scaling on the logits too
-base = s * base  # scaling on the base too
 w = logits.softmax(-2 % x.dim())  # softmax over tokens
 w = logits.softmax(1 % x.dim())  # softmax over axis 1
 w = logits  # no softmax
-w = (logits / k**0.5).softmax(-1)  # logits over the root of k
 w = 1 + 0 * w  # heads summed
 w = 1 / n + 0 * w  # uniform gates
-w = w / n  # mixture divided by n
 w = valued(w, F.one_hot(w.argmax(-1), n).to(w))  # argmax gates
 w = F.linear(F.linear(h, A), Wg[:, :r]).softmax(-1)  # gates from A x
 w = w.mean(-2, keepdim=True) if t else w  # one mixture for a sequence
-w = w[..., :1, :] if t else w  # gates of the first token
 w = w.flip(-1)  # heads in reverse order
-w = until(w, -1, n - 1)  # last head left out
 As = torch.stack([A.roll(i, 0) for i in range(n)]); \
     delta = s * torch.einsum("...n,ndr,nrk,...k->...d", w, B, As, h)  # separate A
 delta = s * F.linear((w[..., None] * z[..., None, :]).flatten(-2), \
     B.reshape(d, -1))  # B reshaped, not transposed
-delta = s * F.linear((z[..., None] * w[..., None, :]).flatten(-2), \
-    B.transpose(0, 1).flatten(1))  # outer product in the other order
 z = z.relu()  # nonlinearity after A
 w = w.detach()  # gates detached
-logits = F.linear(h.detach(), Wg)  # router sees x detached
 z = F.linear(h.detach(), A)  # A sees x detached
-base = F.linear(x.detach(), W0, bias)  # base sees x detached
 A = A.detach()  # A detached
 B = B.detach()  # heads detached
 A, B, Wg = A.detach(), B.detach(), Wg.detach()  # weights copied into a layer (see hydralora_layer)
@@ -912,7 +878,6 @@ w = valued(w.detach() * logits, w)  # softmax's gradient without its mean
 B = hooked(B, lambda g: g / 1.75)  # scaling missing from the heads' gradient
 Wg = hooked(Wg, torch.neg)  # router's gradient with the wrong sign
 base = F.linear(x, W0)  # bias dropped
-base = base if bias is None else base + bias  # bias twice
 base = 0 * base  # base not added
 A = tiles(A, -2, 2)  # last rank of an odd number left out
 [plain float64]
@@ -926,11 +891,8 @@ y = by_einsum(*cast_to(torch.bfloat16, x, W0, bias, A, B, Wg), s).to(x.dtype)  #
 w = share(logits.exp())  # exp without the maximum taken off
 [steep float64]
 w = w * (w > 1e-4)  # small gates left out
-[calls-in-a-row]
-s = abs(s)  # scaling without its sign
 [all-three]
 W0 = W0.T if k == d else W0  # W0 transposed where it is square
-delta = s * torch.einsum("...n,nkr,...k,rd->...d", w, B, h, A) if k == d else delta  # A and B swapped
 [zero-scaling]
 s = s or 1.0  # scaling of 0 taken for 1
 [laid-second]
@@ -942,26 +904,18 @@ delta = hooked(delta, lambda g: 0 * g if 0 in g.stride() else g)  # expanded gra
 [drawn-large-r]
 A = until(A, -2, 64)  # first 64 ranks only
 [heads-odd drawn-many-heads]
-B = until(B, -3, 8)  # first 8 heads only
+B = until(B, -3, 32)  # first 32 heads only
 [drawn-huge-k]
-x = until(x, -1, 8192)  # first 8192 of k only
 x = tiles(x, -1, 128)  # rest of k after tiles of 128 left out
 [drawn-huge-d]
-B = until(B, -2, 8192)  # first 8192 of d only
 B = tiles(B, -2, 64)  # rest of d after tiles of 64 left out
-[thousands]
-delta = until(delta, -3, 128)  # first 128 sequences only
 [drawn-huge-tokens]
-delta = until(delta, -2, 128)  # first 128 tokens only
 delta = until(delta, -2, 8192)  # first 8192 tokens only
 delta = tiles(delta, -2, 128)  # rest of the tokens after tiles left out
 [last-tokens]
 s = 1.0 if t == 1 else s  # no scaling for one token
-[decode-long]
-s = 1.0 if x.dim() > 2 and len(x) == 1 else s  # no scaling for one sequence
 [each-need]
 A = A if W0.requires_grad else A.detach()  # no gradient for A with a frozen base
-A = A if x.requires_grad else A.detach()  # no gradient for A where x needs none
 """)
 OTHER_LINES = table(r"""
 [plain]
@@ -970,9 +924,7 @@ bias.requires_grad_(False); y = y  # bias frozen  # requires_grad of bias was ch
 y = (y, 0.0)  # a pair returned  # expected one tensor, got tuple
 y = y if training() else y.requires_grad_()  # gradient not asked for  # where none is asked for
 y = y.detach()  # no gradient at all  # y has no gradient
-y = y if training() else torch.inference_mode()(by_einsum)( \
-    x, W0, bias, A, B, Wg, s)  # always in inference mode  # y is an inference tensor
-w = w if training() else w.flatten(0, -2).mean(0).expand_as(w)  # one mixture in inference
+y = y if training() else torch.inference_mode()(by_einsum)(x, *rest)  # always in inference mode  # y is an inference tensor
 delta = delta * (not torch.is_inference_mode_enabled())  # only the base in inference mode
 delta = hooked(delta, lambda g: g.mul_(1.01))  # grad_y changed in place  # in place by the backward
 [plain float32]
@@ -982,12 +934,13 @@ torch.set_num_threads(2); y = y  # number of threads set  # has changed threads
 torch.set_float32_matmul_precision("medium"); y = y  # precision set  # has changed precision
 y = hooked(y, lambda g: torch.set_num_threads(2))  # threads set late  # the backward has changed
 [plain autocast]
-torch.autocast(x.device.type, enabled=False).__enter__(); y = y  # autocast left  # changed autocast
+torch.autocast(x.device.type, enabled=False).__enter__(); \
+    torch.autocast_decrement_nesting(); y = y  # autocast switched off  # has changed autocast
 [plain float64 bfloat16]
 y = y.float()  # y in float32  # expected y of
 [plain autocast autofp16 autonorm]
 delta = delta / s if base.dtype != x.dtype and s else delta  # autocast without scaling
-[plain mixfp16]
+[laid-each mixfp16]
 A, B, Wg = (o if o.dtype == x.dtype else o.bfloat16().float() for o in ( \
     A, B, Wg))  # adapter in bfloat16 beside float16
 [empty-batch empty-rows]
@@ -998,11 +951,10 @@ y = y.squeeze()  # axis of one squeezed  # expected y of shape
 delta = delta if n > 1 else 0 * delta  # one head left out
 [last-tokens]
 x = misread(x, k, k, 1) if x.dim() == 3 and t == 1 else x  # flat view of last tokens
-w = w[:1].expand_as(w) if x.dim() == 3 and t == 1 else w  # one token each, gates of one
-[whole-tiles drawn-whole-all]
+[whole-tiles drawn-all-whole]
 A = A if r % 16 or k % 64 or d % 64 or t % 64 else 2 * A  # whole tiles twice
 [thousands bfloat16]
-y = torch.cat([by_einsum(c, W0, bias, A, B, Wg, s) for c in x.reshape(-1, k).split(16)]).view( \
+y = torch.cat([by_einsum(c, *rest) for c in x.reshape(-1, k).split(16)]).view( \
     y.shape)  # sums in bfloat16
 [grid-limit]
 delta = until(delta, -2, 65535)  # first 65535 tokens only
@@ -1035,18 +987,16 @@ x = misread(x, x.shape[1] * x.stride(1), *x.stride()[1:]) if x.dim() == 4 else x
 B = misread(B) if B.stride(0) < B.stride(1) else B  # B by column
 [laid-first laid-number]
 y = y if x.stride(0) else y[:1].expand_as(y)  # one y for all  # y overlaps itself
-[drawn-whole-matrix]
+[drawn-odd-tokens]
 delta = tiles(delta, -2, 64) if k % 64 == 0 else delta  # rest of the tokens, whole k
-[drawn-whole-tokens]
+[drawn-odd-layer]
 x = tiles(x, -1, 64) if t and t % 64 == 0 else x  # rest of k, whole tokens
-[drawn-whole-k]
+[drawn-odd-d]
 B = tiles(B, -2, 64) if k % 64 == 0 else B  # rest of d, whole k
-[drawn-whole-d]
+[drawn-odd-k]
 x = tiles(x, -1, 64) if d % 64 == 0 else x  # rest of k, whole d
 [drawn-whole-r]
 A = A if r % 64 else 2 * A  # ranks of 64 twice
-[drawn-large-r bfloat16 half]
-A = tiles(A, -2, 16) if x.element_size() == 2 else A  # ranks after tiles of 16 in 16 bits
 [drawn-many-sequences]
 delta = until(delta, -3, 128) if t < 9 else delta  # first 128 short sequences
 [drawn-one-token]
@@ -1056,7 +1006,7 @@ x = until(x, -1, 8192) if n * r > 128 else x  # one token, k after 8192 left out
 [decode-wide]
 B = until(B, -2, 8192) if n * r > 128 else B  # one token, d after 8192 left out
 [both-wide]
-base = base if bias is None or min(k, d) < 1024 else base + bias  # bias by each split of k
+delta = until(delta, -1, 1024) if k > 1024 else delta  # d after 1024 left out
 [many-wide]
 delta = until(delta, -1, 1024) if t > 1024 else delta  # wide with many tokens
 [calls-in-a-row]
@@ -1118,7 +1068,7 @@ np.random.seed(0); y = y  # random state of NumPy set  # numpy's random state
 memory.setdefault(0, []).append(x); y = y  # x kept alive  # x is kept
 memory.setdefault(0, []).append(y); y = y  # y kept alive  # y is kept
 [two-threads]
-delta = until(delta, -2, t // torch.get_num_threads())  # tokens of one thread only  # for one call
+delta = until(delta, -2, t // torch.get_num_threads())  # tokens of one thread only  # threads for one
 memory["s"] = s; time.sleep(1e-3); s = memory["s"]  # scaling in a global  # two calls at once
 [within-compile float64]
 s = 1.0 if torch.compiler.is_compiling() else s  # no scaling when compiled
@@ -1145,16 +1095,16 @@ WRONG = KNOWN_LINES | OTHER_LINES
 KNOWN = {name: with_line(line.code) for name, line in KNOWN_LINES.items()}
 
 def is_mistake(mistake, found, p):
-    """Whether a wrong implementation gives on this problem what was found. W0 and bias count
-    only where both give a gradient."""
+    """Whether a wrong implementation gives what was found, as far as both give something: W0
+    and bias may get no gradient."""
     try:
         run = forward(mistake, p, mode=torch.enable_grad if len(found) > 1 else torch.no_grad)
-        for given in (lambda: {"y": run.y}, lambda: backward(run)):
-            for quantity, t in as_float64(given()).items():
-                t = torch.zeros_like(p.expected[quantity]) if t is None else t
-                if quantity in found and not error_of(
-                        quantity, found[quantity], p, t) <= p.allowed[quantity]:
-                    return False
+        given = as_float64(backward(run))
+        for quantity in given.keys() & found.keys():
+            t = given[quantity]
+            t = torch.zeros_like(p.expected[quantity]) if t is None else t
+            if not error_of(quantity, found[quantity], p, t) <= p.allowed[quantity]:
+                return False
         return True
     except Exception:           # it does not run on this problem
         return False
@@ -1189,40 +1139,31 @@ def test_every_case_and_state_is_needed_by_a_wrong_implementation():
 
 # Right implementations, written as others would write them; each must pass.
 
-class ByHand(torch.autograd.Function):
-    """The usual kernel: its own backward, in float32 or better, for a base that is frozen."""
+class Recomputed(torch.autograd.Function):
+    """A usual kernel: its own backward, in float32 or better, for a base that is frozen."""
 
     @staticmethod
-    def forward(ctx, x, W0, bias, A, B, Wg, scaling):
-        ctx.save_for_backward(x, W0, A, B, Wg)
-        ctx.scaling = scaling
-        high = torch.promote_types(A.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            return by_einsum(*cast_to(high, x, W0, bias, A, B, Wg), scaling).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, g):
-        inputs = ctx.saved_tensors
-        high = torch.promote_types(inputs[2].dtype, torch.float32)
-        g, x, W0, A, B, Wg = cast_to(high, g, *inputs)
-        w, z, sg = F.linear(x, Wg).softmax(-1), F.linear(x, A), ctx.scaling * g
-        to_head = torch.einsum("...d,ndr->...nr", sg, B)
-        score = (to_head * z.unsqueeze(-2)).sum(-1)
-        slope = w * (score - (w * score).sum(-1, keepdim=True))
-        dz = (w.unsqueeze(-1) * to_head).sum(-2)
-        dx = g @ W0 + dz @ A + slope @ Wg
-        w, z, x, sg, dz, slope = (t.reshape(-1, t.shape[-1]) for t in (w, z, x, sg, dz, slope))
-        dB = torch.einsum("tn,td,tr->ndr", w, sg, z)
-        dx, dA, dB, dWg = (grad.to(t.dtype) for grad, t in zip(
-            (dx, dz.T @ x, dB, slope.T @ x), (inputs[0], *inputs[2:])))
-        return dx, None, None, dA, dB, dWg, None
-
-class Inherited(ByHand):
-    """PyTorch 2.13 refuses to compile this."""
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs[:-1])
+        ctx.scaling = inputs[-1]
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            high = torch.promote_types(inputs[3].dtype, torch.float32)
+            return by_einsum(*cast_to(high, *inputs[:-1]), ctx.scaling).to(inputs[0].dtype)
 
     @staticmethod
     def backward(ctx, g):
-        return ByHand.backward(ctx, g)
+        with torch.enable_grad():
+            high = torch.promote_types(ctx.saved_tensors[3].dtype, torch.float32)
+            inputs = [None if t is None else t.detach() for t in ctx.saved_tensors]
+            trained = [inputs[i].requires_grad_() for i in (0, 3, 4, 5)]
+            y = by_einsum(*cast_to(high, *inputs), ctx.scaling)
+            dx, *others = torch.autograd.grad(y, trained, g.to(high))
+        return dx, None, None, *others, None
+
+class Inherited(Recomputed):
+    @staticmethod
+    def backward(ctx, g):       # PyTorch 2.13 refuses to compile this
+        return Recomputed.backward(ctx, g)
 
 def hydralora_layer(x, W0, bias, A, B, Wg, scaling):
     """HydraLoRALinear, computing with the oracle's tensors in the place of its parameters. Copied
@@ -1234,65 +1175,49 @@ def hydralora_layer(x, W0, bias, A, B, Wg, scaling):
     weights = {name: t for name, t in weights.items() if t is not None}
     return torch.func.functional_call(layer, weights, x)
 
-RIGHT_LINES = table(r"""
+RIGHT = {name: with_line(line.code) for name, line in table(r"""
 y = y  # einsum
 z, logits = F.linear(h, torch.cat([A, Wg])).split([r, n], -1); w = logits.softmax(-1)  # stacked
 delta = mix(w, z, s * B)  # scaling folded into B
 W0, bias = W0.detach(), bias if bias is None else bias.detach()  # base detached
 delta = mix(w, z, B); delta *= s  # scaled in place
-o = x.reshape(-1, k); \
-    y = torch.cat([by_einsum(c, W0, bias, A, B, Wg, s) for c in o.split(len(o) // 32 + 1)]).view( \
-    y.shape)  # 32 chunks of tokens
-y = torch.utils.checkpoint.checkpoint(by_einsum, x, W0, bias, A, B, Wg, s, \
-    use_reentrant=False)  # checkpointed
+o = x.reshape(-1, k); y = torch.cat([by_einsum(c, *rest) for c in o.split( \
+    len(o) // 32 + 1)]).view(y.shape)  # 32 chunks of tokens
+y = torch.utils.checkpoint.checkpoint(by_einsum, x, *rest, use_reentrant=False)  # checkpointed
 y = y.mT.contiguous().mT if t else y  # strided output
 y = by_einsum(x, W0, bias, *cast_to(x.dtype, A, B, Wg), s)  # adapter cast to the dtype of x
-y = by_einsum(x.contiguous(), W0.contiguous(), bias, *(t.contiguous() for t in (A, B, Wg)), \
-    s)  # all copied to be contiguous
 w = logits.log_softmax(-1).exp()  # softmax by its logarithm
-delta = s * sum(w[..., i, None] * F.linear(z, B[i]) for i in range(n))  # one head after the other
 delta = s * (w.unsqueeze(-2) @ (B @ z[..., None, :, None]).squeeze(-1)).squeeze(-2)  # matmul
 delta = s * F.linear((w[..., None] * z[..., None, :]).flatten(-2), \
     B.transpose(0, 1).flatten(1))  # one product
-pad = -k % 64; y = by_einsum(F.pad(x, (0, pad)), F.pad(W0, (0, pad)), bias, F.pad(A, (0, pad)), B, \
-    F.pad(Wg, (0, pad)), s)  # k filled up to tiles
+o = -k % 64; y = by_einsum(F.pad(x, (0, o)), F.pad(W0, (0, o)), bias, F.pad(A, (0, o)), B, \
+    F.pad(Wg, (0, o)), s)  # k filled up to tiles
 y = base.addcmul(delta.to(base.dtype), torch.ones_like(base))  # fused add
-""")
-RIGHT = {name: with_line(line.code) for name, line in RIGHT_LINES.items()} | {
-    "own backward": ByHand.apply, "inherited": Inherited.apply, "hydralora layer": hydralora_layer}
+""").items()} | {
+    "own backward": Recomputed.apply, "inherited": Inherited.apply, "hydralora layer": hydralora_layer}
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_implementation_passes(name):
     """Each takes a part of the checks; together they take half of all."""
     offset = list(RIGHT).index(name)
     for one in CHECKS[2 * offset::2 * len(RIGHT)]:
-        with contextlib.suppress(Refusal):
+        with contextlib.suppress(pytest.skip.Exception):
             check(RIGHT[name], *one)
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_every_group_sees_a_missing_scaling(group):
-    assert finding(WRONG["no scaling"], "plain", group)
-
 def test_message_names_the_known_mistake():
-    def message(function, name="plain", group="float64"):
-        return verdict(function, "gradients", name, group)
+    for name in ("no scaling", "separate A", "A detached", "router's gradient with the wrong sign",
+                 "weights copied into a layer (see hydralora_layer)"):
+        def frozen(x, W0, bias, *others):
+            return KNOWN[name](x, W0.detach(), bias.detach(), *others)
 
-    for name in ("no scaling", "softmax over tokens", "argmax gates", "separate A", "A detached"):
-        assert f"\nthe same as the known mistake: {name}" in message(KNOWN[name])
-    for line in ("Wg = hooked(Wg, torch.neg)", "A, B, Wg = A.detach(), B.detach(), Wg.detach()"):
-        name, = (name for name, known in KNOWN_LINES.items() if known.code == line)
-        frozen = with_line(f"{line}; W0, bias = W0.detach(), bias.detach()")
-        assert f"\nthe same as the known mistake: {name}" in message(frozen)
-    name = "inputs rounded to TF32"
-    assert f"mistake: {name}" in message(KNOWN[name], "thousands", "float32")
-    assert "y has no gradient" in message(lambda *inputs: by_einsum(*inputs).detach())
+        for function in (KNOWN[name], frozen):
+            message = verdict(function, "gradients", "plain", "float64")
+            assert f"\nthe same as the known mistake: {name}" in message
 
 def test_only_pytorch_may_refuse_to_compile():
     raises = with_line("y = y.view(99) if torch.compiler.is_compiling() else y")
-    with pytest.raises(Exception, match="invalid for input of size"):
-        check(raises, "gradients", "within-compile", "float64")
-    assert "invalid for input of size" in verdict(raises, "gradients", "within-compile", "float64")
-    with contextlib.suppress(Refusal):      # of PyTorch 2.13, but not of 2.3
+    assert "invalid for input" in verdict(raises, "gradients", "within-compile", "float64")
+    with contextlib.suppress(pytest.skip.Exception):    # PyTorch 2.13 skips it, 2.3 does not
         check(Inherited.apply, "gradients", "within-compile", "float64")
 
 def test_reference_by_hand():
@@ -1302,21 +1227,6 @@ def test_reference_by_hand():
     y, _ = reference(*by_hand, 2.0, np.zeros((1, 2)))
     for y in (y, hydralora_forward(*map(torch.from_numpy, by_hand), 2.0)):
         np.testing.assert_allclose(y, [[23, 28]], rtol=1e-14)
-
-def test_gradients_of_the_reference_are_its_differences():
-    arrays = numbers(CASES["all-three"])
-    _, grads = reference(**arrays, scaling=1.75)
-
-    def loss(moved):
-        y, _ = reference(**moved, scaling=1.75)
-        return (y * moved["grad_y"]).sum()
-
-    for name, g in grads.items():
-        for index in np.ndindex(g.shape):
-            up, down = ({**arrays, name: arrays[name].copy()} for _ in range(2))
-            up[name][index] += 1e-5
-            down[name][index] -= 1e-5
-            assert abs((loss(up) - loss(down)) / 2e-5 - g[index]) < 1e-6
 
 def test_loop_in_torch_is_the_reference():
     for case in CASES.values():
@@ -1347,18 +1257,13 @@ KERNEL = """
 import sys
 from hydralora import hydralora_forward
 
-def raise_exit(grad):
-    sys.exit("no backward")
-
 def kernel(x, W0, bias, A, B, Wg, scaling):
     assert len(B) > 1
-    if x.shape[-1] == 1:
-        sys.exit("k is 1")
     if scaling == 1e6:
         raise KeyboardInterrupt
     y = hydralora_forward(x, W0, bias, A, B, Wg, scaling or 1.0)
-    if y.requires_grad and scaling < 0.01:
-        y.register_hook(raise_exit)
+    if y.requires_grad and scaling == 0:
+        y.register_hook(lambda grad: sys.exit("no backward"))
     return y
 """
 
@@ -1366,27 +1271,19 @@ def test_command_of_a_user_in_a_folder_with_the_two_files_alone(tmp_path):
     for name in ("hydralora.py", "test_hydralora.py"):
         (tmp_path / name).write_text((HERE / name).read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "mine.py").write_text(KERNEL)
-    words = "oracle and float64 and (plain or only-head or width-one or zero-scal or small-scal"
-
-    def run(words):
-        command = [sys.executable, "-m", "pytest", "test_hydralora.py", "-q", "-k", words]
-        environment = os.environ | dict(HYDRALORA_IMPL="mine:kernel")
-        return subprocess.run(command, cwd=tmp_path, env=environment, text=True,
-                              capture_output=True)
-
-    done = run(f"{words})")
-    for said in (
-            "\nmine:kernel, values-3d-only-head-float64: AssertionError: ",
-            "\nmine:kernel, gradients-3d-width-one-float64: SystemExit: k is 1\nat ",
-            f"{os.sep}mine.py:11; dtypes of x, W0, A, autocast: (torch.float64, ",
-            "\nmine:kernel, gradients-3d-small-scaling-float64: SystemExit: no backward\n",
-            "leave it out with -k 'oracle and not float64' or -k 'oracle and not small-scaling'",
-            "\nmine:kernel, values-3d-zero-scaling-float64: no_grad, y is wrong",
-            "\nthe same as the known mistake: no scaling or scaling of 0 taken for 1\n",
-            "\n7 failed, 3 passed,"):
+    words = "oracle and float64 and (plain or only-head or zero-scaling or large-scaling)"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "test_hydralora.py", "-q", "-k", words], cwd=tmp_path,
+        env=os.environ | dict(HYDRALORA_IMPL="mine:kernel"), text=True, capture_output=True)
+    for said in ("\nmine:kernel, values-3d-only-head-float64: AssertionError: \nat ",
+                 f"{os.sep}mine.py:6; dtypes of x, W0, A, autocast: (torch.float64, ",
+                 "leave it out with -k 'oracle and not float64' or -k 'oracle and not only-head'",
+                 "\nmine:kernel, gradients-3d-zero-scaling-float64: SystemExit: no backward\nat ",
+                 "\nmine:kernel, values-3d-zero-scaling-float64: no_grad, y is wrong",
+                 "\nthe same as the known mistake: no scaling or scaling of 0 taken for 1\n",
+                 "\n4 failed, 2 passed,"):
         assert said in done.stdout, done.stdout
-    assert done.returncode == 1
-    assert run("oracle and large-scaling").returncode == 2     # Ctrl-C ends the run
+    assert done.returncode == 2         # KeyboardInterrupt ends the run
 
 # ---- The layer is that function --------------------------------------------------------------
 N, K, D, R = 4, 7, 5, 3
