@@ -152,13 +152,13 @@ CHOSEN = {
 }
 NOT_IN_FLOAT16 = ("saturated", "large-scaling", "small-gradient", "large-all")
 
-LARGE = {       # in three groups, since they are slow
+LARGE = {       # in four groups, since they are slow
     "decode-long": Case(lead=(1, 1), k=9001, d=70, r=32, n=8, needs=ADAPTER),
     "decode-wide": Case(lead=(1, 1), k=70, d=9001, r=16, n=10, needs=ADAPTER),
     "both-wide": Case(lead=(3,), k=1100, d=1050, r=8, n=2, needs=ADAPTER),
     "many-wide": Case(lead=(1100,), k=5, d=1100, r=2, n=2, needs=ADAPTER),
 }
-LARGE_IN = ("float32", "bfloat16", "half")
+LARGE_IN = ("float32", "bfloat16", "half", "mixed")
 
 def swapped(t, a, b):
     return t.transpose(a, b).contiguous().transpose(a, b)
@@ -227,7 +227,7 @@ def draw_case(kind, seed):
     lead = (one_of(1, 2, 3), one_of(1, 2, 3), sequences, tokens)[5 - axes:]
     if math.prod(lead) * k * (d + n * r) > 1.6e7:
         lead = (*lead[:-1], min(tokens, 8))     # so that a call takes milliseconds
-    share = one_of(0, 0.6, 0.9)
+    share = one_of(0, 0.6, 0.9)     # of the tensors that do not lie contiguous
     layouts = tuple((name, one_of(*(word for word in LAYOUTS if fits(name, word, axes))))
                     for name in TENSORS if rng.random() < share)
     some = " ".join(name for name in INPUTS if rng.random() < 0.5)
@@ -886,7 +886,6 @@ base = 0 * base  # base not added
 y = by_einsum(*cast_to(torch.float32, x, W0, bias, A, B, Wg), s).to(x.dtype)  # all in float32
 [plain float64 float32]
 y = by_einsum(*map(tf32, (x, W0)), bias, *map(tf32, (A, B, Wg)), s)  # inputs rounded to TF32
-y = by_einsum(*cast_to(torch.bfloat16, x, W0, bias, A, B, Wg), s).to(x.dtype)  # all in bfloat16
 [steep]
 w = share(logits.exp())  # exp without the maximum taken off
 [steep float64]
@@ -937,9 +936,6 @@ torch.autocast(x.device.type, enabled=False).__enter__(); \
     torch.autocast_decrement_nesting()  => has changed autocast
 [plain float64 bfloat16]
 y = y.float()  => expected y of
-[laid-each mixfp16]
-A, B, Wg = (o if o.dtype == x.dtype else o.bfloat16().float() for o in ( \
-    A, B, Wg))  # adapter in bfloat16 beside float16
 [empty-batch empty-rows]
 y = y if y.numel() else y.detach()  # no gradient for no token
 [width-one]
@@ -1177,7 +1173,6 @@ y = y  # einsum
 z, logits = F.linear(h, torch.cat([A, Wg])).split([r, n], -1); w = logits.softmax(-1)  # stacked
 delta = mix(w, z, s * B)  # scaling folded into B
 W0, bias = W0.detach(), bias if bias is None else bias.detach()  # base detached
-delta = mix(w, z, B); delta *= s  # scaled in place
 o = x.reshape(-1, k); y = torch.cat([by_einsum(c, *rest) for c in o.split( \
     len(o) // 32 + 1)]).view(y.shape)  # 32 chunks of tokens
 y = torch.utils.checkpoint.checkpoint(by_einsum, x, *rest, use_reentrant=False)  # checkpointed
@@ -1275,8 +1270,7 @@ def test_command_of_a_user_in_a_folder_with_the_two_files_alone(tmp_path):
     for said in ("\nmine:kernel, values-3d-only-head-float64: AssertionError: \nat ",
                  f"{os.sep}mine.py:6; dtypes of x, W0, A, autocast: (torch.float64, ",
                  "leave it out with -k 'oracle and not float64' or -k 'oracle and not only-head'",
-                 "\nmine:kernel, gradients-3d-zero-scaling-float64: SystemExit: no backward\nat ",
-                 "\nmine:kernel, values-3d-zero-scaling-float64: no_grad, y is wrong",
+                 "\nmine:kernel, gradients-3d-zero-scaling-float64: SystemExit: no backward\n",
                  "\nthe same as the known mistake: no scaling or scaling of 0 taken for 1\n",
                  "\n4 failed, 2 passed,"):
         assert said in done.stdout, done.stdout
