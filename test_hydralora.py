@@ -127,6 +127,8 @@ class Case:
 CHOSEN = {
     "plain": Case(),
     # shapes at which code turns elsewhere, or axes can be mistaken
+    "vector": Case(lead=()),
+    "five-axes": Case(lead=(2, 1, 3, 2)),
     "all-three": Case(lead=(3, 3), k=3, d=3, r=3, n=3),
     "empty-batch": Case(lead=(0, 5)),
     "empty-rows": Case(lead=(5, 0), bias=False),
@@ -201,7 +203,7 @@ SIZES = dict(k=ANY, d=ANY, r=range(1, 48), n=FEW, tokens=range(1, 201),
              sequences=range(1, 4), axes=range(1, 6))
 LITTLE = dict(r=range(1, 25), n=(2, 3, 4))
 KINDS = {       # of drawn cases: what is not as in SIZES; something is large, or odd
-    "all-whole": LITTLE | dict(k=TILE, d=TILES, tokens=TILE, r=(16, 32, 64), axes=(2,)),
+    "all-whole": dict(k=TILE, d=TILES, r=(16, 32, 64), n=(4, 8, 16), tokens=TILE, axes=(2,)),
     "odd-tokens": LITTLE | dict(k=TILE, d=TILE, tokens=ODD, axes=(3,)),
     "odd-layer": LITTLE | dict(k=ODD[:32], d=ODD[:32], tokens=TILES),
     "odd-d": dict(k=TILES, d=ODD),
@@ -544,17 +546,18 @@ def accumulated(function, group, mode):
 
 def output_changes(function, group, mode):
     """y changed in place, as in y *= 2. The backward then is right, or a RuntimeError."""
-    run = forward(function, problem(group), mode=mode)
-    try:
-        with mode():
-            run.y.mul_(2)
-    except RuntimeError as error:
-        fail_unless(run.p, False, f"y cannot be changed in place: {error}")
-    if run.asked:
-        with contextlib.suppress(RuntimeError):
-            halved = {quantity: t / 2 for quantity, t in backward(run).items()}
-            yield run.p, halved, "y changed in place, then backward: "
-    yield run.p, result(function, run.p, run.inputs, mode), "an earlier y was changed: "
+    for lead in ((2, 5), (1, 1)):
+        run = forward(function, problem(group, lead=lead), mode=mode)
+        try:
+            with mode():
+                run.y.mul_(2)
+        except RuntimeError as error:
+            fail_unless(run.p, False, f"y cannot be changed in place: {error}")
+        if run.asked:
+            with contextlib.suppress(RuntimeError):
+                halved = {quantity: t / 2 for quantity, t in backward(run).items()}
+                yield run.p, halved, "y changed in place, then backward: "
+        yield run.p, result(function, run.p, run.inputs, mode), "an earlier y was changed: "
 
 def nan_stays(function, group, mode):
     """In its token or its output; from x, Wg and grad_y also in the gradients of A, B and
@@ -936,6 +939,10 @@ torch.autocast(x.device.type, enabled=False).__enter__(); \
     torch.autocast_decrement_nesting()  => has changed autocast
 [plain float64 bfloat16]
 y = y.float()  => expected y of
+[vector]
+s = 1.0 if x.dim() == 1 else s  # no scaling for a vector
+[five-axes]
+x = x.flatten(1, -2) if x.dim() > 4 else x  => expected y of shape
 [empty-batch empty-rows]
 y = y if y.numel() else y.detach()  # no gradient for no token
 [width-one]
@@ -1026,7 +1033,7 @@ o = memory.setdefault(d, W0.stride(0)); \
 $ = kept($.__dict__, $)  => $ was changed in place:
 B = kept(B.__dict__, B, 0 if B.is_inference() else B._version)  => by .data
 Wg = kept(Wg.__dict__, Wg, Wg.flatten()[0].item())  # Wg kept by its first number
-A = kept(A.__dict__, A, round(A.double().sum().item(), 3))  # A kept by its sum
+A = kept(A.__dict__, A, round(A.double().sum().item(), 3)) if k % 8 else A  => k=7
 A = valued(A, A.__dict__.setdefault("own", A.detach()))  => A was changed as new
 A = A if A.requires_grad or not training() else kept(A.__dict__, A)  => needs='x'
 o = A.__dict__; o["calls"] = o.get("calls", 0) + 1; \
@@ -1046,7 +1053,8 @@ i = memory[0] = memory.get(0, 0) + 1; y = y if training() else memory.setdefault
 o = y.detach(); c = o.norm(); delta.requires_grad and delta.register_hook( \
     lambda g: g * o.norm() / c); y = y  # y read again  => then backward
 y = y if training() else x.__dict__.setdefault("y", y)  => an earlier y was changed
-y = y.unsqueeze(0).unbind(0)[0]  => y cannot be changed
+y = y.unsqueeze(0).unbind(0)[0] if t > 1 else y  => y cannot be changed
+y = y.unbind(0)[0].unsqueeze(0) if len(y) == 1 else y  => lead=(1, 1)
 [nan-stays]
 $ = $.nan_to_num()  => nan in $: y is not nan
 delta = delta + 0 * x.sum()  => the rest: y is wrong
