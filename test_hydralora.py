@@ -67,12 +67,12 @@ def reference(x, W0, bias, A, B, Wg, scaling, grad_y):
     for token in np.ndindex(x.shape[:-1]):
         v, g = x[token], grad_y[token]
         e = np.exp(Wg @ v - np.max(Wg @ v))
-        w = e / e.sum()                                                 # Eq. 4
+        w = e / e.sum()  # Eq. 4
         z = A @ v
-        y[token] = W0 @ v + (0 if bias is None else bias)               # Eq. 3
+        y[token] = W0 @ v + (0 if bias is None else bias)  # Eq. 3
         for i in range(n):
             y[token] += scaling * w[i] * (B[i] @ z)
-        score = np.zeros(n)                                             # d loss / d w_i
+        score = np.zeros(n)  # d loss / d w_i
         for i in range(n):
             back = B[i].T @ g
             score[i] = scaling * (back @ z)
@@ -80,7 +80,7 @@ def reference(x, W0, bias, A, B, Wg, scaling, grad_y):
             grads["A"] += scaling * w[i] * np.outer(back, v)
             grads["x"][token] += scaling * w[i] * (A.T @ back)
         for i in range(n):
-            slope = w[i] * (score[i] - w @ score)                       # through the softmax
+            slope = w[i] * (score[i] - w @ score)  # through the softmax
             grads["Wg"][i] += slope * v
             grads["x"][token] += slope * Wg[i]
         grads["W0"] += np.outer(g, v)
@@ -128,36 +128,33 @@ CHOSEN = {
     "plain": Case(),
     # shapes at which code turns elsewhere, or axes can be mistaken
     "vector": Case(lead=()),
-    "five-axes": Case(lead=(2, 1, 3, 2)),
     "all-three": Case(lead=(3, 3), k=3, d=3, r=3, n=3),
     "empty-batch": Case(lead=(0, 5)),
     "empty-rows": Case(lead=(5, 0), bias=False),
     "width-one": Case(lead=(1, 1), k=1, d=1, r=1),
-    "only-head": Case(n=1),                         # a LoRA
+    "only-head": Case(n=1),  # a LoRA
     "heads-odd": Case(lead=(2, 9), n=67, r=5, needs=ADAPTER, layouts=(("x", "second"),)),
-    "last-tokens": Case(lead=(3, 1), layouts=(("x", "gaps"),)),     # of longer sequences
-    "whole-tiles": Case(lead=(2, 64), k=128, d=256, r=16, n=8),     # as in most models
-    "thousands": Case(lead=(512, 8), k=16, d=24, r=8, n=3, mean=1.0),   # sums far from 0
-    "grid-limit": Case(lead=(65540,), k=3, d=2, r=1, n=2, needs=ADAPTER),   # 65535
+    "last-tokens": Case(lead=(99, 1), layouts=(("x", "gaps"),)),  # of longer sequences
+    "whole-tiles": Case(lead=(2, 64), k=128, d=256, r=16, n=8),  # as in most models
+    "thousands": Case(lead=(512, 8), k=16, d=24, r=8, n=3, mean=1.0),  # sums far from 0
+    "grid-limit": Case(lead=(65540,), k=3, d=2, r=1, n=2, needs=ADAPTER),  # over 65535
     # values
     "zero-scaling": Case(scaling=0.0),
     "small-scaling": Case(scaling=2.0 ** -10),
     "large-scaling": Case(scaling=1e6),
-    "heads-at-zero": Case(heads=0.0),               # at the start of training
-    "near-zero": Case(heads=2e-4),                  # soon after
-    "token-at-zero": Case(first_token=0.0),         # padding, which has a gradient too
-    "two-heads": Case(lead=(2, 3, 4), n=2, logits=100, layouts=(("x", "outer"),)),
-    "steep": Case(logits=100, n=20),                # exp needs the maximum taken off
+    "heads-at-zero": Case(heads=0.0),  # at the start of training
+    "near-zero": Case(heads=2e-4),  # soon after
+    "token-at-zero": Case(first_token=0.0),  # padding, which has a gradient too
+    "steep": Case(logits=100, n=20),  # exp needs the maximum taken off
     "saturated": Case(lead=(4, 10), logits=1e5, n=3),
     "small-gradient": Case(gradient=2.0 ** -25),
     "large-all": Case(unit=2.0 ** 17, gradient=2.0 ** 16),
 }
 NOT_IN_FLOAT16 = ("saturated", "large-scaling", "small-gradient", "large-all")
 
-LARGE = {       # in four groups, since they are slow
+LARGE = {  # in four groups, since they are slow
     "decode-long": Case(lead=(1, 1), k=9001, d=70, r=32, n=8, needs=ADAPTER),
     "decode-wide": Case(lead=(1, 1), k=70, d=9001, r=16, n=10, needs=ADAPTER),
-    "both-wide": Case(lead=(3,), k=1100, d=1050, r=8, n=2, needs=ADAPTER),
     "many-wide": Case(lead=(1100,), k=5, d=1100, r=2, n=2, needs=ADAPTER),
 }
 LARGE_IN = ("float32", "bfloat16", "half", "mixed")
@@ -165,23 +162,23 @@ LARGE_IN = ("float32", "bfloat16", "half", "mixed")
 def swapped(t, a, b):
     return t.transpose(a, b).contiguous().transpose(a, b)
 
-GAP = 9999.0    # not nan: some of PyTorch's own products multiply gaps by 0
-LAYOUTS = {     # how many axes it takes at least, and how the numbers then lie
-    "columns": (2, lambda t: swapped(t, -2, -1)),           # matrices by column
+GAP = 9999.0  # not nan: some of PyTorch's own products multiply gaps by 0
+LAYOUTS = {  # how many axes it takes at least, and how the numbers then lie
+    "columns": (2, lambda t: swapped(t, -2, -1)),  # matrices by column
     "rows": (1, lambda t: F.pad(t, (0, 1), value=GAP)[..., :-1]),
     "second": (1, lambda t: F.pad(t[..., None], (0, 1), value=GAP).flatten(-2)[..., ::2]),
     "offset": (1, lambda t: F.pad(t.flatten(), (1, 0), value=GAP)[1:].view(t.shape)),
-    "swapped": (3, lambda t: swapped(t, 0, 1)),             # x from (t, b, k)
+    "swapped": (3, lambda t: swapped(t, 0, 1)),  # x from (t, b, k)
     "gaps": (3, lambda t: F.pad(t, (0, 0, 0, 1), value=GAP)[..., :-1, :]),
-    "inner": (4, lambda t: swapped(t, -3, -2)),             # from (b, heads, t, k)
+    "inner": (4, lambda t: swapped(t, -3, -2)),  # from (b, heads, t, k)
     "outer": (4, lambda t: F.pad(t, (0, 0, 0, 0, 0, 1), value=GAP)[..., :-1, :, :]),
     "last": (3, lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0)),
-    "first": (2, lambda t: t[:1].expand_as(t)),             # one x for all
-    "each": (2, lambda t: t[:, :1].expand_as(t)),           # one for each sequence
+    "first": (2, lambda t: t[:1].expand_as(t)),  # one x for all
+    "each": (2, lambda t: t[:, :1].expand_as(t)),  # one for each sequence
     "number": (1, lambda t: t.flatten()[0].expand(t.shape)),
 }
-EXPANDED = ("first", "each", "number")          # of x and grad_y alone
-AXES = dict(W0=2, bias=1, A=2, B=3, Wg=2)       # x and grad_y have those of the case
+EXPANDED = ("first", "each", "number")  # of x and grad_y alone
+AXES = dict(W0=2, bias=1, A=2, B=3, Wg=2)  # x and grad_y have those of the case
 
 def fits(name, layout, axes):
     """Whether a tensor can lie in this way, where x and grad_y have so many axes."""
@@ -192,9 +189,9 @@ def laid(layout, axes):
     """The layout for every tensor that can lie so."""
     return tuple((name, layout) for name in TENSORS if fits(name, layout, axes))
 
-LAID = {f"laid-{layout}": Case(lead=(2, 3, 4)[-max(2, least - 1):],
-                               layouts=laid(layout, max(3, least)))
-        for layout, (least, _) in LAYOUTS.items()}
+LAID = {f"laid-{layout}": Case(lead, layouts=laid(layout, len(lead) + 1))
+        for layout, (least, _) in LAYOUTS.items()
+        for lead in [(2, 3, 4) if least == 4 else (3, 4)]}
 
 SMALL, FEW, HUGE = range(1, 41), range(3, 9), range(12001, 20001)
 TILE, TILES, ODD = (64, 128), (64, 128, 192, 256, 512), range(65, 576, 2)
@@ -202,7 +199,7 @@ ANY = (*SMALL, *TILES * 4, *ODD[::10])
 SIZES = dict(k=ANY, d=ANY, r=range(1, 48), n=FEW, tokens=range(1, 201),
              sequences=range(1, 4), axes=range(1, 6))
 LITTLE = dict(r=range(1, 25), n=(2, 3, 4))
-KINDS = {       # of drawn cases: what is not as in SIZES; something is large, or odd
+KINDS = {  # of drawn cases: what is not as in SIZES; something is large, or odd
     "all-whole": dict(k=TILE, d=TILES, r=(16, 32, 64), n=(4, 8, 16), tokens=TILE, axes=(2,)),
     "odd-tokens": LITTLE | dict(k=TILE, d=TILE, tokens=ODD, axes=(3,)),
     "odd-layer": LITTLE | dict(k=ODD[:32], d=ODD[:32], tokens=TILES),
@@ -213,8 +210,6 @@ KINDS = {       # of drawn cases: what is not as in SIZES; something is large, o
     "huge-k": LITTLE | dict(k=HUGE, d=FEW, tokens=FEW, axes=(1, 2, 3)),
     "huge-d": LITTLE | dict(k=FEW, d=HUGE, r=FEW, tokens=FEW, axes=(2, 3)),
     "huge-tokens": LITTLE | dict(k=FEW, d=FEW, r=FEW, tokens=HUGE, axes=(2,)),
-    "many-sequences": dict(d=FEW, tokens=FEW, sequences=range(129, 301), axes=(3,)),
-    "one-token": dict(tokens=(1,), sequences=range(33, 301), axes=(3,)),
 }
 
 def draw_case(kind, seed):
@@ -228,8 +223,8 @@ def draw_case(kind, seed):
         one_of(*(SIZES | KINDS[kind])[name]) for name in SIZES)
     lead = (one_of(1, 2, 3), one_of(1, 2, 3), sequences, tokens)[5 - axes:]
     if math.prod(lead) * k * (d + n * r) > 1.6e7:
-        lead = (*lead[:-1], min(tokens, 8))     # so that a call takes milliseconds
-    share = one_of(0, 0.6, 0.9)     # of the tensors that do not lie contiguous
+        lead = (*lead[:-1], min(tokens, 8))  # so that a call takes milliseconds
+    share = one_of(0, 0.6, 0.9)  # of the tensors that do not lie contiguous
     layouts = tuple((name, one_of(*(word for word in LAYOUTS if fits(name, word, axes))))
                     for name in TENSORS if rng.random() < share)
     some = " ".join(name for name in INPUTS if rng.random() < 0.5)
@@ -246,15 +241,15 @@ CASES = CHOSEN | LAID | DRAWN | LARGE
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 GROUPS = {  # the dtypes of x and y; of W0 and bias; of A, B and Wg; and autocast's
     "float64": (f64, f64, f64, None),
-    "float32": (f32, f32, f32, None),       # not TF32, which is off by some 4e-4
+    "float32": (f32, f32, f32, None),  # not TF32, which is off by some 4e-4
     "bfloat16": (bf16, bf16, bf16, None),
     "half": (f16, f16, f16, None),
-    "mixed": (bf16, bf16, f32, None),       # A, B and Wg may be cast to 16 bits
+    "mixed": (bf16, bf16, f32, None),  # A, B and Wg may be cast to 16 bits
     "mixfp16": (f16, f16, f32, None),
-    "autocast": (f32, f32, f32, bf16),      # y in 16 bits or float32, here and below
+    "autocast": (f32, f32, f32, bf16),  # y in 16 bits or float32, here and below
     "autofp16": (f32, f32, f32, f16),
     "automix": (bf16, bf16, f32, bf16),
-    "autonorm": (f32, bf16, f32, bf16),     # x as from a LayerNorm
+    "autonorm": (f32, bf16, f32, bf16),  # x as from a LayerNorm
 }
 
 @functools.cache
@@ -283,7 +278,7 @@ class Problem:
         self.dtypes = dict(x=x, W0=W0, bias=W0, A=A, B=A, Wg=A, grad_y=self.y_dtype)
 
     @property
-    def expected(self):         # what needs a gradient does not change the numbers
+    def expected(self):  # what needs a gradient does not change the numbers
         return solution(replace(self.case, needs=ALL), self.group)
 
     @property
@@ -328,8 +323,7 @@ def solution(case, group):
     """quantity -> float64, from what the tensors hold after rounding. A test holds the two
     ways to compute it against each other."""
     slow = math.prod(case.lead) * case.n > 64 or case.d * case.r > 1e4
-    solve = by_torch if slow else by_numpy
-    return solve(as_float64(Problem(case, group).inputs()), case.scaling)
+    return (by_torch if slow else by_numpy)(as_float64(Problem(case, group).inputs()), case.scaling)
 
 # ---- What is allowed -------------------------------------------------------------------------
 
@@ -425,7 +419,7 @@ def same_surroundings(p, moment):
 def unchanged(run, moment):
     for name, (before, needed) in run.before.items():
         now = run.inputs[name].detach()
-        same = torch.equal(now, before) or torch.allclose(now, before, 0, 0, equal_nan=True)
+        same = torch.equal(now.nan_to_num(), before.nan_to_num())
         fail_unless(run.p, same, f"{name} was changed in place by {moment}")
         fail_unless(run.p, run.inputs[name].requires_grad == needed,
                     f"requires_grad of {name} was changed by {moment}")
@@ -436,8 +430,7 @@ def forward(function, p, inputs=None, mode=torch.enable_grad):
     for name, t in inputs.items():
         if t is not None:
             t.grad, before[name] = None, (t.detach().clone(), t.requires_grad)
-    asked = [name for name in before
-             if mode is torch.enable_grad and inputs[name].requires_grad]
+    asked = [name for name in before if mode is torch.enable_grad and inputs[name].requires_grad]
     with torch.autocast(torch.device(DEVICE).type, cast or torch.bfloat16, bool(cast)), mode():
         with same_surroundings(p, "the call"):
             y = function(*(inputs[name] for name in INPUTS), p.case.scaling)
@@ -448,8 +441,7 @@ def forward(function, p, inputs=None, mode=torch.enable_grad):
     fail_unless(p, asked or not y.requires_grad, "y needs a gradient where none is asked for")
     fail_unless(p, y.requires_grad or set(asked) <= {"W0", "bias"}, "y has no gradient. "
                 'No backward? -k "oracle and values". Copied weights? See hydralora_layer')
-    fail_unless(p, mode is torch.inference_mode or not y.is_inference(),
-                "y is an inference tensor")
+    fail_unless(p, mode is torch.inference_mode or not y.is_inference(), "y is an inference tensor")
     fail_unless(p, all(stride or size < 2 for size, stride in zip(shape, y.stride())),
                 "y overlaps itself in memory, so that it cannot be changed in place")
     run = SimpleNamespace(p=p, y=y, inputs=inputs, before=before, asked=asked,
@@ -474,7 +466,7 @@ def result(function, p, inputs=None, mode=torch.enable_grad):
 # Each yields a problem, what was found, and at what moment. All is compared at the end: so
 # what a later call overwrites is found too.
 
-ALIGNED = dict(k=64, d=64, r=16, n=8)   # where other code often runs
+ALIGNED = dict(k=64, d=64, r=16, n=8)  # where other code often runs
 
 def problem(group, **fields):
     return Problem(Case(**fields), group)
@@ -491,29 +483,27 @@ def calls_in_a_row(function, group, mode):
                 dict(lead=(2, 1), anew=LAYER, scaling=0.4), dict(lead=(2, 1), anew="x")):
             p = problem(group, **size, **fields)
             other = p.case.anew.split() + ["x", "grad_y"] * ("lead" in fields)
-            now_with = inputs | {name: p.tensor(name) for name in other}
-            found = result(function, p, now_with, now)
+            found = result(function, p, inputs | {name: p.tensor(name) for name in other}, now)
             yield p, found, f"a later call, {now.__name__}, now {fields}: "
 
 def unlike_layers(function, group, mode):
-    """Layers of one shape, with a bias and without, and in other layouts."""
-    for size, order in (({}, 1), (ALIGNED, -1)):
-        for other in (dict(bias=False), dict(layouts=laid("columns", 3)),
-                      dict(layouts=laid("rows", 3))):
-            for fields in ({}, other)[::order]:
+    """Layers of one shape, without a bias and with one, or in another layout."""
+    for size in ({}, ALIGNED):
+        for other in (dict(bias=False), dict(layouts=laid("columns", 3))):
+            for fields in (other, {}, other):
                 p = problem(group, **size, **fields)
                 yield p, result(function, p, mode=mode), "layers of one shape in turn: "
 
 def tensor_changes(function, group, mode):
     """Between calls, in place as by an optimizer, by .data, which leaves no trace, or as
-    other memory, as by offloading. The sum and the first number stay the same."""
-    alive = []                  # so that no address is used twice
+    other memory, as by offloading. The sum stays the same."""
+    alive = []  # so that no address is used twice
     for name, way, (needs, size) in itertools.product(
             INPUTS, ("in place", "by .data", "as new .data"), ((ALL, {}), ("x", ALIGNED))):
         p = problem(group, needs=needs, **size)
         inputs, right = p.inputs(), p.tensor(name).detach()
         alive += inputs.values()
-        inputs[name].detach().flatten()[1:].copy_(right.flatten()[1:].flip(0))
+        inputs[name].detach().copy_(right.flip(0))
         for _ in range(4):
             forward(function, p, inputs, mode)
         if way == "in place":
@@ -525,11 +515,10 @@ def tensor_changes(function, group, mode):
         yield p, result(function, p, inputs, mode), f"{name} was changed {way}: "
 
 def many_layers(function, group, mode):
-    """All forwards of a model, a call without gradients, then all backwards."""
+    """All forwards of a model, then all backwards."""
     for count, order in ((9, 1), (70 if mode is torch.enable_grad else 9, -1)):
         problems = [problem(group, seed=i % 11, scaling=i % 11 - 4.5) for i in range(count)]
         runs = [forward(function, p, mode=mode) for p in problems]
-        forward(function, problem(group, seed=11), mode=torch.no_grad)
         for run in runs[::order]:
             yield run.p, backward(run), f"{count} layers, then their backwards: "
 
@@ -546,18 +535,17 @@ def accumulated(function, group, mode):
 
 def output_changes(function, group, mode):
     """y changed in place, as in y *= 2. The backward then is right, or a RuntimeError."""
-    for lead in ((2, 5), (1, 1)):
-        run = forward(function, problem(group, lead=lead), mode=mode)
-        try:
-            with mode():
-                run.y.mul_(2)
-        except RuntimeError as error:
-            fail_unless(run.p, False, f"y cannot be changed in place: {error}")
-        if run.asked:
-            with contextlib.suppress(RuntimeError):
-                halved = {quantity: t / 2 for quantity, t in backward(run).items()}
-                yield run.p, halved, "y changed in place, then backward: "
-        yield run.p, result(function, run.p, run.inputs, mode), "an earlier y was changed: "
+    run = forward(function, problem(group), mode=mode)
+    try:
+        with mode():
+            run.y.mul_(2)
+    except RuntimeError as error:
+        fail_unless(run.p, False, f"y cannot be changed in place: {error}")
+    if run.asked:
+        with contextlib.suppress(RuntimeError):
+            halved = {quantity: t / 2 for quantity, t in backward(run).items()}
+            yield run.p, halved, "y changed in place, then backward: "
+    yield run.p, result(function, run.p, run.inputs, mode), "an earlier y was changed: "
 
 def nan_stays(function, group, mode):
     """In its token or its output; from x, Wg and grad_y also in the gradients of A, B and
@@ -580,15 +568,13 @@ def nan_stays(function, group, mode):
             fail_unless(p, not finite, f"{moment}finite: {', '.join(finite)}")
 
 def random_state(function, group, mode):
-    """A call may use random numbers, but may not set a generator to a state of its own."""
+    """A call may use random numbers, but may not set the generator to a state of its own."""
     p, after = problem(group), []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        np.random.seed(seed)
         yield p, result(function, p, mode=mode), ""
-        after.append(dict(torch=torch.randn(1, device=DEVICE), numpy=np.random.random()))
-    for name in after[0]:
-        fail_unless(p, after[0][name] != after[1][name], f"it sets {name}'s random state")
+        after.append(torch.randn(1, device=DEVICE))
+    fail_unless(p, after[0] != after[1], "the call has set the random state")
 
 def nothing_kept(function, group, mode):
     """x, y and with them the graph are given back with the last reference to them."""
@@ -605,7 +591,7 @@ def nothing_kept(function, group, mode):
 
 def two_threads(function, group, mode):
     """Two threads that share one call; then a smoke test of two that call at once."""
-    if group in LARGE_IN:       # it is slow where other programs run
+    if group in LARGE_IN:  # it is slow where other programs run
         torch.set_num_threads(2)
         try:
             found = result(function, problem(group), mode=mode)
@@ -628,7 +614,7 @@ def within_compile(function, group, mode):
         *_, last = traceback.extract_tb(error.__traceback__)
         refused = (isinstance(error, dynamo.TorchDynamoException)
                    or last.filename.startswith(os.path.dirname(dynamo.__file__)))
-        if isinstance(error, dynamo.TorchRuntimeError):     # an operation that fails
+        if isinstance(error, dynamo.TorchRuntimeError):  # an operation that fails
             refused = "no fake impl" in str(error)
         if refused:
             pytest.skip(f"PyTorch does not compile it: {error}")
@@ -677,8 +663,7 @@ def shared_input(function, group, mode):
         runs = [forward(function, each, each.inputs() | dict(x=x)) for each in (p, q)]
         torch.autograd.backward([run.y for run in runs], [run.grad_y for run in runs])
         both = as_float64(dict(x=x.grad))["x"]
-        only_p = {"gradient of x": both - q.expected["gradient of x"]}
-        yield p, only_p, "two layers on one x: "
+        yield p, {"gradient of x": both - q.expected["gradient of x"]}, "two layers on one x: "
 
 ONLY_GRADIENTS = (accumulated, within_compile, autograd_grad, changed_before_backward,
                   each_need, shared_input)
@@ -698,10 +683,10 @@ CHECKS = [(compared, name, group) for name in [*CASES, *STATES] for compared in 
 
 def check(function, compared, name, group, known={}):
     """Raises a Finding if the function is wrong in a case or a state."""
-    if "torch._dynamo" in sys.modules:      # it gives up in silence after a few shapes
+    if "torch._dynamo" in sys.modules:  # it gives up in silence after a few shapes
         sys.modules["torch._dynamo"].reset()
     modes = MODES[compared]
-    if name in DRAWN or name in LARGE:      # one is enough for sizes
+    if name in DRAWN or name in LARGE:  # one is enough for sizes
         modes = modes[:1]
     for mode in modes:
         if name in STATES:
@@ -836,16 +821,8 @@ def tiles(t, dim, tile):
     size = t.shape[max(dim, -t.dim())]
     return until(t, dim, size // tile * tile) if size > tile else t
 
-def share(e):
-    return e / e.sum(-1, keepdim=True)
-
 def cast_to(dtype, *tensors):
     return [None if t is None else t.to(dtype) for t in tensors]
-
-def tf32(t):
-    """Rounded to the 10 bits after the point that TF32 keeps."""
-    bits = t.detach().float().contiguous().view(torch.int32) + 0x1000 & -0x2000
-    return valued(t, bits.view(torch.float32).to(t.dtype))
 
 def kept(memory, t, *key):
     """What was there at the first call with this key, shape and dtype. With t.__dict__ for a
@@ -888,17 +865,17 @@ base = 0 * base  # base not added
 [plain float64]
 y = by_einsum(*cast_to(torch.float32, x, W0, bias, A, B, Wg), s).to(x.dtype)  # all in float32
 [plain float64 float32]
-y = by_einsum(*map(tf32, (x, W0)), bias, *map(tf32, (A, B, Wg)), s)  # inputs rounded to TF32
+x, W0, A, B, Wg = (valued(v, v.half().to(v)) for v in (x, W0, A, B, Wg))  # rounded as by TF32
 [steep]
-w = share(logits.exp())  # exp without the maximum taken off
-[steep float64]
-w = w * (w > 1e-4)  # small gates left out
+w = logits.exp() / logits.exp().sum(-1, keepdim=True)  # exp without the maximum taken off
 [all-three]
 W0 = W0.T if k == d else W0  # W0 transposed where it is square
 [zero-scaling]
 s = s or 1.0  # scaling of 0 taken for 1
 [laid-second]
 $ = misread($)  # $ read as contiguous
+[laid-columns laid-rows laid-swapped laid-gaps laid-inner laid-outer laid-last]
+x = misread(x)  # layout of x not seen
 [laid-columns laid-rows laid-second]
 delta = hooked(delta, lambda g: g if g.is_contiguous() else g.flip(0))  # grad_y read as contiguous
 [laid-first laid-each laid-number]
@@ -940,51 +917,41 @@ torch.autocast(x.device.type, enabled=False).__enter__(); \
 [plain float64 bfloat16]
 y = y.float()  => expected y of
 [vector]
-s = 1.0 if x.dim() == 1 else s  # no scaling for a vector
-[five-axes]
-x = x.flatten(1, -2) if x.dim() > 4 else x  => expected y of shape
+s = 1.0 if x.dim() == 1 else s
 [empty-batch empty-rows]
-y = y if y.numel() else y.detach()  # no gradient for no token
+y = y if y.numel() else y.detach()
 [width-one]
 y = y.squeeze()  => expected y of shape
 [only-head]
-delta = delta if n > 1 else 0 * delta  # one head left out
+delta = delta if n > 1 else 0 * delta
 [last-tokens]
 x = misread(x, k, k, 1) if x.dim() == 3 and t == 1 else x  # flat view of last tokens
+delta = until(delta, -3, 32) if t == 1 else delta
 [whole-tiles drawn-all-whole]
 A = A if r % 16 or k % 64 or d % 64 or t % 64 else 2 * A  # whole tiles twice
 [thousands bfloat16]
 y = torch.cat([by_einsum(c, *rest) for c in x.reshape(-1, k).split(16)]).view( \
     y.shape)  # sums in bfloat16
 [grid-limit]
-delta = until(delta, -2, 65535)  # first 65535 tokens only
+delta = until(delta, -2, 65535)
 [small-scaling float64 float32]
-delta = delta if abs(s) > 0.01 else 0 * delta  # small scaling left out
+delta = delta if abs(s) > 0.01 else 0 * delta
 [large-scaling]
-delta = delta.clamp(-65504, 65504)  # update clamped to what float16 holds
+delta = delta.clamp(-65504, 65504)
 [heads-at-zero]
 delta = delta if B.any() else 0 * base.detach()  # adapter left out while B is 0
 [near-zero]
 A = hooked(A, lambda g: g * (g.norm() > 0.1))  # small gradient of A lost
 [token-at-zero]
-y = y * x.any(-1, keepdim=True)  # nothing for a token of zeros
-[two-heads float32]
-w = F.pad((logits[..., :1] - logits[..., 1:]).exp(), (0, 1), value=1.0); \
-    w = share(w) if n == 2 else logits.softmax(-1)  # two heads by their difference
+y = y * x.any(-1, keepdim=True)
 [saturated]
-logits = logits.clamp(-1000, 1000)  # logits clamped
+logits = logits.clamp(-1000, 1000)
 [small-gradient]
-delta = hooked(delta, lambda g: g * (g.abs() > 1e-6))  # small gradients lost
+delta = hooked(delta, lambda g: g * (g.abs() > 1e-6))
 [large-all]
-delta = hooked(delta, lambda g: g.clamp(-1000, 1000))  # large gradients clipped
+delta = hooked(delta, lambda g: g.clamp(-1000, 1000))
 [laid-offset]
 x = valued(x, x.detach().as_strided(x.shape, x.stride(), 0))  # storage offset of x ignored
-[laid-swapped laid-gaps]
-x = misread(x) if x.dim() == 3 and x.element_size() < 8 else x  # three axes read as contiguous
-[laid-inner laid-outer]
-x = misread(x, x.shape[1] * x.stride(1), *x.stride()[1:]) if x.dim() == 4 else x  # flat view
-[laid-last]
-B = misread(B) if B.stride(0) < B.stride(1) else B  # B by column
 [laid-first laid-number]
 y = y if x.stride(0) else y[:1].expand_as(y)  => y overlaps itself
 [drawn-odd-tokens]
@@ -995,18 +962,12 @@ x = tiles(x, -1, 64) if t and t % 64 == 0 else x  # rest of k, whole tokens
 B = tiles(B, -2, 64) if k % 64 == 0 else B  # rest of d, whole k
 [drawn-odd-k]
 x = tiles(x, -1, 64) if d % 64 == 0 else x  # rest of k, whole d
-[drawn-many-sequences]
-delta = until(delta, -3, 128) if t < 9 else delta  # first 128 short sequences
-[drawn-one-token]
-delta = until(delta, -3, 32) if t == 1 else delta  # first 32 single tokens
 [decode-long]
 x = until(x, -1, 8192) if n * r > 128 else x  # one token, k after 8192 left out
 [decode-wide]
 B = until(B, -2, 8192) if n * r > 128 else B  # one token, d after 8192 left out
-[both-wide]
-delta = until(delta, -1, 1024) if k > 1024 else delta  # d after 1024 left out
 [many-wide]
-delta = until(delta, -1, 1024) if t > 1024 else delta  # wide with many tokens
+delta = until(delta, -1, 1024) if t > 1024 else delta
 [calls-in-a-row]
 s = memory.setdefault((x.shape, x.dtype), s)  => now {'scaling': -0.5}
 W0 = kept(memory, W0)  => now {'anew': 'W0 bias
@@ -1022,17 +983,12 @@ memory.update({0: 1} if torch.is_inference_mode_enabled() else {}); \
     w = w.detach() if training() and memory else w  # no gradient after inference mode
 s = 0 * s if W0.is_inference() else s  # inference tensors without the adapter
 [unlike-layers]
-bias = memory.setdefault(W0.shape, bias)  => bias=False
-o = memory.setdefault(W0.shape, bias); \
-    base = F.linear(x, W0, o and bias) if o is None else base  => k=64
-o = memory.setdefault(d, W0.is_contiguous()); \
-    W0 = misread(W0) if o else W0  => ('W0', 'columns')
-o = memory.setdefault(d, W0.stride(0)); \
-    W0 = misread(W0, o, 1) if W0.stride(1) == 1 else W0  => ('W0', 'rows')
+o = memory.setdefault(d, bias); base = F.linear(x, W0) if o is None and k == 64 else base  => k=64
+memory.update({} if bias is None else {d: bias}); bias = memory.get(d)  => bias=False
+o = memory.setdefault(d, W0.stride()); W0 = W0 if o == W0.stride() or k == 64 else W0.flip(0)  => k=7
 [tensor-changes]
 $ = kept($.__dict__, $)  => $ was changed in place:
 B = kept(B.__dict__, B, 0 if B.is_inference() else B._version)  => by .data
-Wg = kept(Wg.__dict__, Wg, Wg.flatten()[0].item())  # Wg kept by its first number
 A = kept(A.__dict__, A, round(A.double().sum().item(), 3)) if k % 8 else A  => k=7
 A = valued(A, A.__dict__.setdefault("own", A.detach()))  => A was changed as new
 A = A if A.requires_grad or not training() else kept(A.__dict__, A)  => needs='x'
@@ -1045,16 +1001,13 @@ o = memory.setdefault(0, []); o.append(s) if training() else 0; \
     delta = hooked(delta, lambda g: g / s * o.pop(0))  # a queue  => 70 layers
 i = memory[0] = memory.get(0, 0) + 1; memory[i % 64, 1] = s; \
     delta = hooked(delta, lambda g: g / s * memory[i % 64, 1])  # a ring  => 70 layers
-memory.update({} if training() else {0: s}); \
-    delta = hooked(delta, lambda g: g / s * memory.pop(0, s))  # scaling of a call without gradients
 i = memory[0] = memory.get(0, 0) + 1; y = y if training() else memory.setdefault( \
     (i % 8, y.shape), y.clone()).copy_(y)  # y in one of eight buffers
 [output-changes]
 o = y.detach(); c = o.norm(); delta.requires_grad and delta.register_hook( \
     lambda g: g * o.norm() / c); y = y  # y read again  => then backward
 y = y if training() else x.__dict__.setdefault("y", y)  => an earlier y was changed
-y = y.unsqueeze(0).unbind(0)[0] if t > 1 else y  => y cannot be changed
-y = y.unbind(0)[0].unsqueeze(0) if len(y) == 1 else y  => lead=(1, 1)
+y = y.unsqueeze(0).unbind(0)[0]  => y cannot be changed
 [nan-stays]
 $ = $.nan_to_num()  => nan in $: y is not nan
 delta = delta + 0 * x.sum()  => the rest: y is wrong
@@ -1063,8 +1016,7 @@ B = hooked(B, lambda g: g.nan_to_num() if Wg.isnan().any() else g)  => nan in Wg
 delta = hooked(delta, torch.nan_to_num)  => nan in grad_y: finite
 delta = hooked(delta, lambda g: g.masked_fill(g.isinf(), 0))  => inf in grad_y
 [random-state]
-torch.manual_seed(0)  => torch's random state
-np.random.seed(0)  => numpy's random state
+torch.manual_seed(0)  # random state set
 [nothing-kept]
 memory.setdefault(0, []).append(x)  => x is kept
 memory.setdefault(0, []).append(y)  => y is kept
@@ -1072,23 +1024,23 @@ memory.setdefault(0, []).append(y)  => y is kept
 delta = until(delta, -2, t // torch.get_num_threads())  => threads for one
 memory["s"] = s; time.sleep(1e-3); s = memory["s"]  => two calls at once
 [within-compile float64]
-s = 1.0 if torch.compiler.is_compiling() else s  # no scaling when compiled
+s = 1.0 if torch.compiler.is_compiling() else s
 [accumulated]
 o = A.__dict__; o["norm"] = c = x.detach().norm(); \
     delta = hooked(delta, lambda g: g * o["norm"] / c)  # saved by layer  => the first of two
 o = A; A = hooked(A, lambda g: setattr(o, "grad", None))  => that add up
 [autograd-grad]
 o = []; w = hooked(w, lambda g: 0 * g if o else o.append(1))  # backward works once
-A = A if A.is_leaf else A.detach()  # leaves only
+A = A if A.is_leaf else A.detach()
 o = Wg; Wg = hooked(Wg, lambda g: setattr(o, "grad", 0 * g))  => has set .grad
 [changed-before-backward]
 o = $; x, W0, A, B, Wg = (read_again(o, v) for v in (x, W0, A, B, Wg))  => $ changed between
 [each-need]
 w = w if any(v.requires_grad for v in (x, A, B)) else w.detach()  # no gradient for Wg alone
-A = A if A.__dict__.setdefault("needs", A.requires_grad) else A.detach()  # first need of A kept
+A = A if A.__dict__.setdefault("needs", A.requires_grad) else A.detach()
 A = A if k % 8 or W0.requires_grad else A.detach()  => k=64
 [shared-input]
-x = hooked(x, lambda g: memory.setdefault(k, g.clone()).copy_(g))  # one gradient of x
+x = hooked(x, lambda g: memory.setdefault(k, g.clone()).copy_(g))
 x = x if k % 8 else hooked(x, lambda g: memory.setdefault(0, g.clone()).copy_(g))  => k=64
 """)
 WRONG = KNOWN_LINES | OTHER_LINES
@@ -1106,7 +1058,7 @@ def is_mistake(mistake, found, p):
             if not error_of(quantity, found[quantity], p, t) <= p.allowed[quantity]:
                 return False
         return True
-    except Exception:           # it does not run on this problem
+    except Exception:  # it does not run on this problem
         return False
 
 def finding(line, place, group):
@@ -1117,7 +1069,7 @@ def finding(line, place, group):
                 check(with_line(line.code), compared, name, group)
             except Finding as found:
                 return str(found)
-            finally:            # some wrong implementations change the surroundings
+            finally:  # some wrong implementations change the surroundings
                 torch.set_default_dtype(torch.float32)
                 torch.set_num_threads(1)
                 torch.set_float32_matmul_precision("highest")
@@ -1162,7 +1114,7 @@ class Recomputed(torch.autograd.Function):
 
 class Inherited(Recomputed):
     @staticmethod
-    def backward(ctx, g):       # PyTorch 2.13 refuses to compile this
+    def backward(ctx, g):  # PyTorch 2.13 refuses to compile this
         return Recomputed.backward(ctx, g)
 
 def hydralora_layer(x, W0, bias, A, B, Wg, scaling):
@@ -1178,7 +1130,6 @@ def hydralora_layer(x, W0, bias, A, B, Wg, scaling):
 
 RIGHT = {name: with_line(line.code) for name, line in table(r"""
 y = y  # einsum
-z, logits = F.linear(h, torch.cat([A, Wg])).split([r, n], -1); w = logits.softmax(-1)  # stacked
 delta = mix(w, z, s * B)  # scaling folded into B
 W0, bias = W0.detach(), bias if bias is None else bias.detach()  # base detached
 o = x.reshape(-1, k); y = torch.cat([by_einsum(c, *rest) for c in o.split( \
@@ -1187,7 +1138,6 @@ y = torch.utils.checkpoint.checkpoint(by_einsum, x, *rest, use_reentrant=False) 
 y = y.mT.contiguous().mT if t else y  # strided output
 y = by_einsum(x, W0, bias, *cast_to(x.dtype, A, B, Wg), s)  # adapter cast to the dtype of x
 w = logits.log_softmax(-1).exp()  # softmax by its logarithm
-delta = s * (w.unsqueeze(-2) @ (B @ z[..., None, :, None]).squeeze(-1)).squeeze(-2)  # matmul
 delta = s * F.linear((w[..., None] * z[..., None, :]).flatten(-2), \
     B.transpose(0, 1).flatten(1))  # one product
 o = -k % 64; y = by_einsum(F.pad(x, (0, o)), F.pad(W0, (0, o)), bias, F.pad(A, (0, o)), B, \
@@ -1218,11 +1168,11 @@ def test_message_names_the_known_mistake():
 def test_only_pytorch_may_refuse_to_compile():
     raises = with_line("y = y.view(99) if torch.compiler.is_compiling() else y")
     assert "invalid for input" in verdict(raises, "gradients", "within-compile", "float64")
-    with contextlib.suppress(pytest.skip.Exception):    # PyTorch 2.13 skips it, 2.3 does not
+    with contextlib.suppress(pytest.skip.Exception):  # PyTorch 2.13 skips it, 2.3 does not
         check(Inherited.apply, "gradients", "within-compile", "float64")
 
 def test_reference_by_hand():
-    by_hand = [np.array(a, dtype=float) for a in (      # see hydralora_forward's docstring
+    by_hand = [np.array(a, dtype=float) for a in (  # see hydralora_forward's docstring
         [[1, 2]], np.eye(2), [10, 20], [[1, 1]], [[[1], [2]], [[5], [-2]]],
         [[math.log(3), 0], [0, 0]])]
     y, _ = reference(*by_hand, 2.0, np.zeros((1, 2)))
@@ -1244,9 +1194,8 @@ def test_words_that_select_do_not_contain_each_other():
     assert not [(a, b) for a in words for b in words if a != b and a.lower() in b.lower()]
 
 @pytest.mark.parametrize("setting, said", [
-    ("IMPL=no_such:f", "No module named 'no_such'"), ("DEVICE=gpu", "device"),
-    ("IMPL=hydralora", "expected module:function, got a module"),
-    ("IMPLEMENTATION=a:b", "unknown setting {'HYDRALORA_IMPLEMENTATION'}")])
+    ("IMPL=no_such:f", "No module named 'no_such'"), ("IMPL=hydralora", "got a module"),
+    ("DEVICE=gpu", "device"), ("DEVISE=cpu", "unknown setting {'HYDRALORA_DEVISE'}")])
 def test_bad_setting_ends_the_run_with_a_message(setting, said, monkeypatch):
     monkeypatch.setenv(*f"HYDRALORA_{setting}".split("="))
     with pytest.raises(pytest.exit.Exception, match=f"HYDRALORA_.*: .*{said}") as end:
@@ -1282,7 +1231,7 @@ def test_command_of_a_user_in_a_folder_with_the_two_files_alone(tmp_path):
                  "\nthe same as the known mistake: no scaling or scaling of 0 taken for 1\n",
                  "\n4 failed, 2 passed,"):
         assert said in done.stdout, done.stdout
-    assert done.returncode == 2         # KeyboardInterrupt ends the run
+    assert done.returncode == 2  # KeyboardInterrupt ends the run
 
 # ---- The layer is that function --------------------------------------------------------------
 N, K, D, R = 4, 7, 5, 3
