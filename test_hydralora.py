@@ -7,10 +7,10 @@ this file and hydralora.py alone:
     HYDRALORA_IMPL=module:function python -m pytest test_hydralora.py -k oracle -x
 
 It runs on the GPU if there is one; HYDRALORA_DEVICE=cpu, cuda:1 ... chooses. A layer takes
-part as `hydralora_layer` does below. The message of a failure says what is wrong, where,
-and in which Case. To see what is asked, read `reference`, CASES, GROUPS, `tolerance`,
-`forward` and STATES, in this order. Select what your code is made for by words, as in
--k "oracle and values" for a kernel without a backward, or -k "oracle and 3d and half":
+part as `hydralora_layer` does below. A failure says what is wrong, where, and in which Case.
+To see what is asked, read `reference`, CASES, GROUPS, `tolerance`, `forward` and STATES, in
+this order. Select what your code is made for by words, as in -k "oracle and values" for a
+kernel without a backward, or -k "oracle and 3d and half":
 
     values, gradients   y where no gradient is asked for; y and the gradients
     1d, 2d, 3d, 4d, 5d  the number of axes of x
@@ -140,7 +140,6 @@ CHOSEN = {
     "grid-limit": Case(lead=(65540,), k=3, d=2, r=1, n=2, needs=ADAPTER),  # over 65535
     # values
     "zero-scaling": Case(scaling=0.0),
-    "small-scaling": Case(scaling=2.0 ** -10),
     "large-scaling": Case(scaling=1e6),
     "heads-at-zero": Case(heads=0.0),  # at the start of training
     "near-zero": Case(heads=2e-4),  # soon after
@@ -219,8 +218,8 @@ def draw_case(kind, seed):
     def one_of(*values):
         return values[rng.integers(len(values))]
 
-    k, d, r, n, tokens, sequences, axes = (
-        one_of(*(SIZES | KINDS[kind])[name]) for name in SIZES)
+    sizes = (SIZES | KINDS[kind]).values()
+    k, d, r, n, tokens, sequences, axes = (one_of(*size) for size in sizes)
     lead = (one_of(1, 2, 3), one_of(1, 2, 3), sequences, tokens)[5 - axes:]
     if math.prod(lead) * k * (d + n * r) > 1.6e7:
         lead = (*lead[:-1], min(tokens, 8))  # so that a call takes milliseconds
@@ -379,8 +378,6 @@ def must_be_right(found, p, moment="", known={}):
     names = [name for name, mistake in known.items() if is_mistake(mistake, found, p)]
     if names and error > 3 * allowed:
         lines += [f"the same as the known mistake: {' or '.join(names)}"]
-    elif p.group == "float32" and worst == "y" and error < 5e-3:
-        lines += ["errors of this size come from TF32 or from 16 bits"]
     raise Finding("\n".join(lines))
 
 def where(quantity, found, p):
@@ -604,17 +601,15 @@ def two_threads(function, group, mode):
         yield from zip(problems, found, itertools.repeat("two calls at once: "))
 
 def within_compile(function, group, mode):
-    """Only PyTorch's compiler may refuse, and not since an operation of the function fails."""
+    """Only PyTorch may refuse, and not since an operation of the function fails."""
     p = problem(group)
     compiled = torch.compile(lambda *inputs: function(*inputs), backend="eager")
     try:
         found = result(compiled, p)
     except Exception as error:
-        dynamo = torch._dynamo.exc
         *_, last = traceback.extract_tb(error.__traceback__)
-        refused = (isinstance(error, dynamo.TorchDynamoException)
-                   or last.filename.startswith(os.path.dirname(dynamo.__file__)))
-        if isinstance(error, dynamo.TorchRuntimeError):  # an operation that fails
+        refused = last.filename.startswith(os.path.dirname(torch.__file__))
+        if isinstance(error, torch._dynamo.exc.TorchRuntimeError):  # an operation that fails
             refused = "no fake impl" in str(error)
         if refused:
             pytest.skip(f"PyTorch does not compile it: {error}")
@@ -848,7 +843,6 @@ w = 1 + 0 * w  # heads summed
 w = 1 / n + 0 * w  # uniform gates
 w = valued(w, F.one_hot(w.argmax(-1), n).to(w))  # argmax gates
 w = w.mean(-2, keepdim=True) if t else w  # one mixture for a sequence
-w = w.flip(-1)  # heads in reverse order
 As = torch.stack([A.roll(i, 0) for i in range(n)]); \
     delta = s * torch.einsum("...n,ndr,nrk,...k->...d", w, B, As, h)  # separate A
 delta = s * F.linear((w[..., None] * z[..., None, :]).flatten(-2), \
@@ -925,23 +919,21 @@ y = y.squeeze()  => expected y of shape
 [only-head]
 delta = delta if n > 1 else 0 * delta
 [last-tokens]
-x = misread(x, k, k, 1) if x.dim() == 3 and t == 1 else x  # flat view of last tokens
+x = misread(x, k, k, 1) if x.dim() == 3 and t == 1 else x
 delta = until(delta, -3, 32) if t == 1 else delta
 [whole-tiles drawn-all-whole]
-A = A if r % 16 or k % 64 or d % 64 or t % 64 else 2 * A  # whole tiles twice
+A = A if r % 16 or k % 64 or d % 64 or t % 64 else 2 * A
 [thousands bfloat16]
 y = torch.cat([by_einsum(c, *rest) for c in x.reshape(-1, k).split(16)]).view( \
     y.shape)  # sums in bfloat16
 [grid-limit]
 delta = until(delta, -2, 65535)
-[small-scaling float64 float32]
-delta = delta if abs(s) > 0.01 else 0 * delta
 [large-scaling]
 delta = delta.clamp(-65504, 65504)
 [heads-at-zero]
 delta = delta if B.any() else 0 * base.detach()  # adapter left out while B is 0
 [near-zero]
-A = hooked(A, lambda g: g * (g.norm() > 0.1))  # small gradient of A lost
+A = hooked(A, lambda g: g * (g.norm() > 0.1))
 [token-at-zero]
 y = y * x.any(-1, keepdim=True)
 [saturated]
@@ -951,21 +943,21 @@ delta = hooked(delta, lambda g: g * (g.abs() > 1e-6))
 [large-all]
 delta = hooked(delta, lambda g: g.clamp(-1000, 1000))
 [laid-offset]
-x = valued(x, x.detach().as_strided(x.shape, x.stride(), 0))  # storage offset of x ignored
+x = valued(x, x.detach().as_strided(x.shape, x.stride(), 0))
 [laid-first laid-number]
 y = y if x.stride(0) else y[:1].expand_as(y)  => y overlaps itself
 [drawn-odd-tokens]
-delta = tiles(delta, -2, 64) if k % 64 == 0 else delta  # rest of the tokens, whole k
+delta = tiles(delta, -2, 64) if k % 64 == 0 else delta
 [drawn-odd-layer]
-x = tiles(x, -1, 64) if t and t % 64 == 0 else x  # rest of k, whole tokens
+x = tiles(x, -1, 64) if t and t % 64 == 0 else x
 [drawn-odd-d]
-B = tiles(B, -2, 64) if k % 64 == 0 else B  # rest of d, whole k
+B = tiles(B, -2, 64) if k % 64 == 0 else B
 [drawn-odd-k]
-x = tiles(x, -1, 64) if d % 64 == 0 else x  # rest of k, whole d
+x = tiles(x, -1, 64) if d % 64 == 0 else x
 [decode-long]
-x = until(x, -1, 8192) if n * r > 128 else x  # one token, k after 8192 left out
+x = until(x, -1, 8192) if n * r > 128 else x
 [decode-wide]
-B = until(B, -2, 8192) if n * r > 128 else B  # one token, d after 8192 left out
+B = until(B, -2, 8192) if n * r > 128 else B
 [many-wide]
 delta = until(delta, -1, 1024) if t > 1024 else delta
 [calls-in-a-row]
@@ -983,9 +975,9 @@ memory.update({0: 1} if torch.is_inference_mode_enabled() else {}); \
     w = w.detach() if training() and memory else w  # no gradient after inference mode
 s = 0 * s if W0.is_inference() else s  # inference tensors without the adapter
 [unlike-layers]
-o = memory.setdefault(d, bias); base = F.linear(x, W0) if o is None and k == 64 else base  => k=64
+o = memory.setdefault(k, bias); base = F.linear(x, W0) if o is None and k > 7 else base  => k=64
 memory.update({} if bias is None else {d: bias}); bias = memory.get(d)  => bias=False
-o = memory.setdefault(d, W0.stride()); W0 = W0 if o == W0.stride() or k == 64 else W0.flip(0)  => k=7
+o = memory.setdefault(k, W0.stride()) == W0.stride(); W0 = W0 if o or k > 7 else W0.flip(0)  => k=7
 [tensor-changes]
 $ = kept($.__dict__, $)  => $ was changed in place:
 B = kept(B.__dict__, B, 0 if B.is_inference() else B._version)  => by .data
@@ -1030,13 +1022,13 @@ o = A.__dict__; o["norm"] = c = x.detach().norm(); \
     delta = hooked(delta, lambda g: g * o["norm"] / c)  # saved by layer  => the first of two
 o = A; A = hooked(A, lambda g: setattr(o, "grad", None))  => that add up
 [autograd-grad]
-o = []; w = hooked(w, lambda g: 0 * g if o else o.append(1))  # backward works once
+o = []; w = hooked(w, lambda g: 0 * g if o else o.append(1))
 A = A if A.is_leaf else A.detach()
 o = Wg; Wg = hooked(Wg, lambda g: setattr(o, "grad", 0 * g))  => has set .grad
 [changed-before-backward]
 o = $; x, W0, A, B, Wg = (read_again(o, v) for v in (x, W0, A, B, Wg))  => $ changed between
 [each-need]
-w = w if any(v.requires_grad for v in (x, A, B)) else w.detach()  # no gradient for Wg alone
+w = w if any(v.requires_grad for v in (x, A, B)) else w.detach()
 A = A if A.__dict__.setdefault("needs", A.requires_grad) else A.detach()
 A = A if k % 8 or W0.requires_grad else A.detach()  => k=64
 [shared-input]
@@ -1137,11 +1129,8 @@ o = x.reshape(-1, k); y = torch.cat([by_einsum(c, *rest) for c in o.split( \
 y = torch.utils.checkpoint.checkpoint(by_einsum, x, *rest, use_reentrant=False)  # checkpointed
 y = y.mT.contiguous().mT if t else y  # strided output
 y = by_einsum(x, W0, bias, *cast_to(x.dtype, A, B, Wg), s)  # adapter cast to the dtype of x
-w = logits.log_softmax(-1).exp()  # softmax by its logarithm
 delta = s * F.linear((w[..., None] * z[..., None, :]).flatten(-2), \
     B.transpose(0, 1).flatten(1))  # one product
-o = -k % 64; y = by_einsum(F.pad(x, (0, o)), F.pad(W0, (0, o)), bias, F.pad(A, (0, o)), B, \
-    F.pad(Wg, (0, o)), s)  # k filled up to tiles
 y = base.addcmul(delta.to(base.dtype), torch.ones_like(base))  # fused add
 """).items()} | {
     "own backward": Recomputed.apply, "inherited": Inherited.apply,
@@ -1227,7 +1216,7 @@ def test_command_of_a_user_in_a_folder_with_the_two_files_alone(tmp_path):
     for said in ("\nmine:kernel, values-3d-only-head-float64: AssertionError: \nat ",
                  f"{os.sep}mine.py:6; dtypes of x, W0, A, autocast: (torch.float64, ",
                  "leave it out with -k 'oracle and not float64' or -k 'oracle and not only-head'",
-                 "\nmine:kernel, gradients-3d-zero-scaling-float64: SystemExit: no backward\n",
+                 "gradients-3d-zero-scaling-float64: SystemExit: no backward\n",
                  "\nthe same as the known mistake: no scaling or scaling of 0 taken for 1\n",
                  "\n4 failed, 2 passed,"):
         assert said in done.stdout, done.stdout
