@@ -601,7 +601,7 @@ def two_threads(function, group, mode):
         yield from zip(problems, found, itertools.repeat("two calls at once: "))
 
 def within_compile(function, group, mode):
-    """Only PyTorch may refuse, and not since an operation of the function fails."""
+    """Only PyTorch may refuse, and not because an operation of it fails."""
     p = problem(group)
     compiled = torch.compile(lambda *inputs: function(*inputs), backend="eager")
     try:
