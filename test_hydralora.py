@@ -126,16 +126,16 @@ class Case:
 
 CHOSEN = {
     "plain": Case(),
-    # shapes at which code turns elsewhere, or axes can be mistaken
-    "vector": Case(lead=()),
+    # shapes at which code turns elsewhere
+    "vector": Case(lead=(), scaling=2.0 ** -10),
     "all-three": Case(lead=(3, 3), k=3, d=3, r=3, n=3),
     "empty-batch": Case(lead=(0, 5)),
     "empty-rows": Case(lead=(5, 0), bias=False),
     "width-one": Case(lead=(1, 1), k=1, d=1, r=1),
-    "only-head": Case(n=1),  # a LoRA
+    "only-head": Case(k=300, d=260, n=1),  # a LoRA
     "heads-odd": Case(lead=(2, 9), n=67, r=5, needs=ADAPTER, layouts=(("x", "second"),)),
     "last-tokens": Case(lead=(99, 1), layouts=(("x", "gaps"),)),  # of longer sequences
-    "whole-tiles": Case(lead=(2, 64), k=128, d=256, r=16, n=8),  # as in most models
+    "whole-tiles": Case(lead=(2, 64), k=128, d=256, r=16, n=8),  # as usual
     "thousands": Case(lead=(512, 8), k=16, d=24, r=8, n=3, mean=1.0),  # sums far from 0
     "grid-limit": Case(lead=(65540,), k=3, d=2, r=1, n=2, needs=ADAPTER),  # over 65535
     # values
