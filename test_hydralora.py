@@ -151,7 +151,7 @@ CHOSEN = {
 }
 NOT_IN_FLOAT16 = ("saturated", "large-scaling", "small-gradient", "large-all")
 
-LARGE = {  # in four groups, since they are slow
+LARGE = {  # slow, so in four groups
     "decode-long": Case(lead=(1, 1), k=9001, d=70, r=32, n=8, needs=ADAPTER),
     "decode-wide": Case(lead=(1, 1), k=70, d=9001, r=16, n=10, needs=ADAPTER),
     "both-wide": Case(lead=(3,), k=1100, d=1050, r=8, n=2, needs=ADAPTER),
