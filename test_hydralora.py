@@ -113,7 +113,7 @@ class Case:
     n: int = 4
     bias: bool = True
     scaling: float = 1.75
-    logits: float = 1.0         # their standard deviation
+    logits: float = 1.0         # their deviation
     heads: float = 1.0          # size of B
     needs: str = ALL            # these need a gradient
     layouts: tuple = ()         # pairs (tensor, layout); others are contiguous
@@ -141,10 +141,10 @@ CHOSEN = {
     # values
     "zero-scaling": Case(scaling=0.0),
     "large-scaling": Case(scaling=1e6),
-    "heads-at-zero": Case(heads=0.0),  # at the start of training
+    "heads-at-zero": Case(heads=0.0),  # at the start
     "near-zero": Case(heads=2e-4),  # soon after
     "token-at-zero": Case(first_token=0.0),  # padding has a gradient too
-    "steep": Case(logits=100, n=20),  # exp needs the maximum taken off
+    "steep": Case(logits=100, n=20),  # exp needs its maximum off
     "saturated": Case(lead=(4, 10), logits=1e5, n=3),
     "small-gradient": Case(gradient=2.0 ** -25),
     "large-all": Case(unit=2.0 ** 17, gradient=2.0 ** 16),
@@ -1032,12 +1032,12 @@ o = Wg; Wg = hooked(Wg, lambda g: setattr(o, "grad", 0 * g))  => has set .grad
 [changed-before-backward]
 o = $; x, W0, A, B, Wg = (read_again(o, v) for v in (x, W0, A, B, Wg))  => $ changed between
 [each-need]
-w = w if any(v.requires_grad for v in (x, A, B)) else w.detach()
+w = w if k > 7 or any(v.requires_grad for v in (x, A, B)) else w.detach()
 A = A if A.__dict__.setdefault("needs", A.requires_grad) else A.detach()
 A = A if k % 8 or W0.requires_grad else A.detach()  => k=64
 [shared-input]
-x = hooked(x, lambda g: memory.setdefault(k, g.clone()).copy_(g))
-x = x if k % 8 else hooked(x, lambda g: memory.setdefault(0, g.clone()).copy_(g))  => k=64
+x = x if k > 7 else hooked(x, lambda g: memory.setdefault(0, g.clone()).copy_(g))
+x = x if k < 8 else hooked(x, lambda g: memory.setdefault(0, g.clone()).copy_(g))  => k=64
 """)
 WRONG = KNOWN_LINES | OTHER_LINES
 KNOWN = {name: with_line(line.code) for name, line in KNOWN_LINES.items()}
