@@ -1770,16 +1770,34 @@ def test_readme_definition_is_the_reference():
     expected, _ = reference(x, W0, None, A, B, Wg, 1.75, np.zeros((6, 5)))
     np.testing.assert_allclose(y, expected, atol=1e-12)
 
-def test_readme_names_and_results_are_those_of_the_code(toy):
+def test_readme_names_and_results_fit_the_code_and_each_other(toy, world):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines()
             if line.startswith("|")]
     for name in {name for row in rows for name in re.findall(r"`([^`]+)`", " ".join(row))}:
         owner, *attributes = name.split(".")
         found = getattr(hydralora, owner, None) or getattr(toy, owner)
         assert not attributes or hasattr(found, attributes[0]), name
-    results = [row for row in rows if re.fullmatch(r"\d+ of 10", row[-2])]
-    assert not README or 5 <= len(results) <= 8
-    for name, *_, ahead, seeds, paper in results:               # as --paper prints them
-        assert toy.methods()[name]["paper"] == paper, name
-        assert re.fullmatch(r"[+-]\d+\.\d\d \+- \d+\.\d\d", ahead), name
-        assert ahead[0] == "+" or seeds != "10 of 10", name
+    methods = toy.methods()
+    size = {name: f"{sum(p.numel() for p in toy.adapt(world.top, 0, method).parameters()
+                         if p.requires_grad):,}" for name, method in methods.items()}
+    results = [row for row in rows if re.fullmatch(r"\d+ of 10", row[-1])]
+    assert not README or len(results) == 10
+    for name, parameters, right, our_parameters, our_right, ahead, seeds in results:
+        ours = toy.OURS.get(name, "HydraLoRA")
+        assert (parameters, our_parameters) == (size[name], size[ours]), name
+        mean, spread = map(float, ahead.split(" +- "))
+        assert mean == pytest.approx(float(our_right) - float(right), abs=0.011), name
+        assert seeds not in ("10 of 10", "0 of 10") or mean * (seeds[0] == "1" or -1) > 0, name
+
+@pytest.mark.skipif("TOY_RESULT" not in os.environ, reason="needs train_toy.py --json TOY_RESULT")
+def test_readme_numbers_of_seed_0_are_those_of_a_run():
+    result = json.loads(Path(os.environ["TOY_RESULT"]).read_text())
+    right = [result["methods"][name]["accuracy"] for name in (
+        "HydraLoRA", "LoRA, same size", "o_proj itself, tuned", "LoRA on up_proj and down_proj")]
+    gates, lost = (torch.tensor(result["specialisation"][key]) for key in ("gates", "lost"))
+    own = gates > 0.5
+    _, text, *_ = re.split("(?m)^(?=. mean gates|## In your)", README)
+    said = [float(number) for number in re.findall(r"\d+\.\d\d", text)]
+    assert said[:9] == pytest.approx(gates.flatten().tolist(), abs=0.02)
+    lost = [lost[own].min().item(), lost[own].max().item(), lost[~own].max().item()]
+    assert said[9:] == pytest.approx(lost + right, abs=1)

@@ -74,28 +74,27 @@ class Method:
 
 
 def methods(n=DOMAINS):
-    """Name -> Method, with the best rates of --tune, and ranks that make the sizes equal. On o_proj
-    HydraLoRA has r (1 + n) + n vectors, a LoRA 2 r, n whole LoRAs with a router 2 r n + n."""
+    """Name -> Method. Sizes are made equal by the ranks: on o_proj HydraLoRA has r (1 + n) + n
+    vectors, a LoRA 2 r, n whole LoRAs with a router 2 r n + n. The rates are the best of --tune.
+    They are larger than usual, since a run has 400 steps and B starts at zero."""
     same = RANK * (1 + n) + n
     whole = RANK * (1 + n) // (2 * n)
-    split = RANK * (1 + DOMAINS) // (2 * DOMAINS)       # as HydraLoRA without its router
-    up_down = round(same / 10)                          # they are four times as wide
+    split = RANK * (1 + DOMAINS) // (2 * DOMAINS)  # as HydraLoRA without its router
+    mlp, q_v = ("up_proj", "down_proj"), ("q_proj", "v_proj")
     return {
         "LoRA, same size": Method(1.28, 1, n=1, r=(same + 1) // 2),
         "o_proj itself, tuned": Method(0.005, 1, "layer"),
         "whole LoRAs + router, same size": Method(0.32, 1, "whole LoRAs", n=n, r=whole),
         "LoRA-Split by 90% pure data sets": Method(
             0.64, 1, "whole LoRAs", r=split, gates="data_set"),
-        "LoRA on up_proj and down_proj": Method(
-            0.02, 1, places=("up_proj", "down_proj"), n=1, r=up_down),
+        "LoRA on up_proj and down_proj": Method(0.02, 1, places=mlp, n=1, r=round(same / 10)),
         "HydraLoRA": Method(0.32, 1, n=n),
         "HydraLoRA, true gate": Method(1.28, 1, gates="domain"),
         "LoRA-Split by true domain": Method(0.64, 1, "whole LoRAs", r=split, gates="domain"),
         "whole LoRAs + router, same rank": Method(0.32, 1, "whole LoRAs"),
         "LoRA of full rank, 4 passes": Method(0.32, 1, n=1, r=96, passes=4),
-        "LoRA on q_proj and v_proj": Method(
-            0.02, 1, places=("q_proj", "v_proj"), n=1, r=10),
-        "HydraLoRA on q_proj and v_proj": Method(0.02, 1, places=("q_proj", "v_proj"), r=4)}
+        "LoRA on q_proj and v_proj": Method(0.02, 1, places=q_v, n=1, r=10),
+        "HydraLoRA on q_proj and v_proj": Method(0.02, 1, places=q_v, r=4)}
 
 
 class GivenGates(nn.Module):
@@ -157,10 +156,11 @@ class Top(nn.Module):
         self.block, self.norm, self.lm_head = model.layers[-1], model.norm, model.lm_head
 
     def attention(self, h):
-        block, normed = self.block, self.block.attention_norm(h)
-        q, k, v = [
-            projection(normed).unflatten(-1, (MODEL.num_attention_heads, -1)).transpose(1, 2)
-            for projection in (block.q_proj, block.k_proj, block.v_proj)]  # (b, heads, t, _)
+        block, split = self.block, (MODEL.num_attention_heads, -1)
+        x = block.attention_norm(h)  # (b, 2 LENGTH, width)
+        q = block.q_proj(x).unflatten(-1, split).transpose(1, 2)  # (b, heads, 2 LENGTH, _)
+        k = block.k_proj(x).unflatten(-1, split).transpose(1, 2)
+        v = block.v_proj(x).unflatten(-1, split).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return mixed.transpose(1, 2).flatten(2)[:, LENGTH:]  # (b, LENGTH, width)
 
@@ -168,8 +168,7 @@ class Top(nn.Module):
         if x is None or isinstance(self.block.q_proj, HydraLoRALinear):
             x = self.attention(h)  # (b, LENGTH, width)
         h = h[:, LENGTH:] + self.block.o_proj(x)
-        inner = F.gelu(self.block.up_proj(self.block.mlp_norm(h)))
-        h = h + self.block.down_proj(inner)  # (b, LENGTH, width)
+        h = h + self.block.down_proj(F.gelu(self.block.up_proj(self.block.mlp_norm(h))))
         return self.lm_head(self.norm(h))  # (b, LENGTH, vocabulary)
 
 
@@ -179,9 +178,8 @@ def train(model, inputs, targets, lr, what, lr_A=1, labels=None, passes=1):
     (count, ...), targets (count, positions) and labels (count,), if there are any."""
     groups = [dict(params=[p], lr=lr * lr_A if name.endswith("lora_A") else lr)
               for name, p in model.named_parameters() if p.requires_grad]
-    rates = [group["lr"] for group in groups]
+    steps, rates = passes * len(targets) // BATCH, [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0)  # 0.999 is slow
-    steps = passes * len(targets) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps)
     for step in range(steps):
         first = step * BATCH % len(targets)
@@ -272,7 +270,7 @@ def fine_tune(world, name, method):
     """Adapt the world's model by one method -> (top, what was measured)."""
     data, test = world.training, world.test
     top = adapt(world.top, world.seed, method)
-    labels = getattr(data, method.gates, None)  # of most methods None
+    labels = getattr(data, method.gates, None)
     train(top, [data.h, data.x], data.targets, method.lr, name,
           lr_A=method.lr_A, labels=labels, passes=method.passes)
     right = accuracy(predict(top, test, getattr(test, method.gates, None)), test)  # (count,)
@@ -285,8 +283,8 @@ def fine_tune(world, name, method):
 PLACE = "last o_proj"
 WHAT_THEY_ARE = {
     "router": "HydraLoRA's own",
-    "symbol alone": "what a router that sorts symbols alone would give",
-    "shuffled labels": "HydraLoRA's own, beside the domain of another sequence"}
+    "symbol alone": "those that a router which sorts symbols alone would give",
+    "shuffled labels": "HydraLoRA's own, but with the domains of other sequences"}
 
 
 def gates_of(top, data):
@@ -345,7 +343,7 @@ def specialisation(top, world):
 
 
 def merging(top, world):
-    """Accuracy after merging, for the mean gates of the sequence's domain and of all."""
+    """Accuracy after merging for mean gates: of a sequence's own domain, and of all."""
     test, training = world.test, world.training
 
     def merged_for(chosen):  # training sequences
@@ -389,7 +387,7 @@ def measure(seed, device, heads, names):
         tops[name], results[name] = fine_tune(world, name, methods(n)[name])
     if SPLIT in names:
         layer = tops[SPLIT].block.o_proj
-        results[SPLIT] |= dict(cosine_A=cosine(layer.lora_A), cosine_B=cosine(layer.lora_B))
+        results[SPLIT]["cosines"] = [cosine(layer.lora_A), cosine(layer.lora_B)]
     special = specialisation(tops["HydraLoRA"], world)
     gain = results["HydraLoRA"]["accuracy"] - results["LoRA, same size"]["accuracy"]
     return dict(
@@ -412,6 +410,10 @@ def table(header, rows):
     print()
 
 
+def show_rows(rows):
+    table(rows[0], [row.values() for row in rows])
+
+
 def show(m):
     """The main run's measurements in four sections."""
     special = m["specialisation"]
@@ -425,7 +427,7 @@ def show(m):
     table(["method", "parameters", "accuracy", *domains], [
         [name, f"{of['size']:,}", two(of["accuracy"]), *map(two, of["by_domain"])]
         for name, of in m["methods"].items()])
-    print("   Adapters sit on the last o_proj, unless their name says where.")
+    print("   On the last o_proj, which has 9,216 weights, unless a name says where.")
     print(f"   The limit without labels (Bayes) is {two(m['bayes'])}.")
     print("\n3. Do the heads go by domain? NMI of domain and head: 0, not at all; 1, a head each\n")
     table(["gates", "NMI", "what they are"], [
@@ -510,8 +512,8 @@ def show_paper(seeds):
     for gates in ("router", "symbol alone"):
         print(f"- NMI of domain and head, {gates}, by seed",
               *(two(seed["specialisation"]["layers"][PLACE][gates]) for seed in seeds))
-    print(f"- Observation II, {SPLIT}: cosine of two A {spread(of(SPLIT, 'cosine_A'))}, "
-          f"of two B {spread(of(SPLIT, 'cosine_B'))}; all start from one A")
+    print(f"- Observation II, {SPLIT}, all from one A: cosines of two A and of two B",
+          *map(spread, zip(*of(SPLIT, "cosines"))))
 
 
 # ---- --cost
@@ -534,13 +536,14 @@ def saved_bytes(function, x, inputs):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         function(x)
-    addresses = {t.untyped_storage().data_ptr() for t in inputs}
-    return sum(size for address, size in kept.items() if address not in addresses)
+    for t in inputs:
+        kept.pop(t.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
 
 
 def cost(device, sizes=((2048, 1024, 8, 3), (2048, 1024, 8, 10), (512, 4096, 8, 3)), rounds=25):
-    """Medians of forward and backward, in another order each round, and bytes kept for backward
-    beside inputs and weights, as shares of a LoRA's of rank n r and of the loop's."""
+    """Medians of forward and backward, in another order each round, and bytes kept for backward,
+    as multiples of those of a LoRA of rank n r, and of a loop over heads."""
     rows = []
     for tokens, width, r, n in sizes:
         base = nn.Linear(width, width, bias=False, device=device)
@@ -581,26 +584,22 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"train_toy.py: {message}\n")
 
 
-def show_rows(rows):
-    table(rows[0], [row.values() for row in rows])
-
-
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     modes = parser.add_mutually_exclusive_group()
     for mode in ("paper", "cost", "tune"):
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode)
-    parser.add_argument("--seed", type=int, help="of the main run, 0 if not given")
+    parser.add_argument("--seed", type=int)
     parser.add_argument("--heads", type=int, choices=range(1, 33), metavar="N")
-    parser.add_argument("--check", action="store_true", help="exit 1 unless heads specialise")
+    parser.add_argument("--check", action="store_true", help="exit 1 unless heads go by domain")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", metavar="FILE", help="write all that was measured")
+    parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     seed, device = options.seed or 0, options.device
     if options.mode and (options.check or (options.seed, options.heads) != (None, None)):
         parser.error("--seed, --heads and --check belong to the main run")
-    if not 0 <= seed < 2 ** 32:
-        parser.error("--seed has to be from 0 to 2 ** 32 - 1")
+    if not 0 <= seed < 1e9:
+        parser.error("--seed has to be from 0 to 999,999,999")
     try:  # what would fail after training fails before it
         torch.ones(1, device=device)
         open(options.json or os.devnull, "a").close()
