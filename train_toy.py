@@ -97,7 +97,7 @@ def methods(n=DOMAINS):
         "HydraLoRA on q_proj and v_proj": Method(0.02, 1, places=q_v, r=4)}
 
 
-class GivenGates(nn.Module):
+class FixedGates(nn.Module):
     """In the router's place: gates that the caller sets before each call."""
     gates = None  # (b, 1, n)
 
@@ -141,7 +141,7 @@ def adapt(top, seed, method):
         if method.n == 1:
             layer.router.requires_grad_(False)  # the gate of one head is 1
         if method.gates != "router":
-            layer.router = GivenGates()
+            layer.router = FixedGates()
     if method.kind == "whole LoRAs":
         top.block.o_proj = WholeLoRAs(top.block.o_proj)
     return top
@@ -446,7 +446,7 @@ def show(m):
 
 # ---- --paper and --tune: all methods on several seeds
 TUNING_SEEDS, REPORTED_SEEDS = range(5), range(30, 40)  # no seed is both
-RATES, RATES_OF_A = (0.005, 0.02, 0.08, 0.32, 1.28, 5.12), (1, 0.1, 0.01)
+RATES, RATES_OF_A = (0.005, 0.02, 0.08, 0.32, 1.28), (1, 0.1, 0.01)
 OURS = {"LoRA on q_proj and v_proj": "HydraLoRA on q_proj and v_proj"}  # else HydraLoRA
 
 
