@@ -82,19 +82,19 @@ def methods(n=DOMAINS):
     split = RANK * (1 + DOMAINS) // (2 * DOMAINS)  # as HydraLoRA without its router
     mlp, q_v = ("up_proj", "down_proj"), ("q_proj", "v_proj")
     return {
-        "LoRA, same size": Method(1.28, 1, n=1, r=(same + 1) // 2),
-        "o_proj itself, tuned": Method(0.005, 1, "layer"),
-        "whole LoRAs + router, same size": Method(0.32, 1, "whole LoRAs", n=n, r=whole),
+        "LoRA, same size": Method(0.08, 0.1, n=1, r=(same + 1) // 2),
+        "o_proj itself, tuned": Method(0.08, 1, "layer"),
+        "whole LoRAs + router, same size": Method(1.28, 0.1, "whole LoRAs", n=n, r=whole),
         "LoRA-Split by 90% pure data sets": Method(
-            0.64, 1, "whole LoRAs", r=split, gates="data_set"),
-        "LoRA on up_proj and down_proj": Method(0.02, 1, places=mlp, n=1, r=round(same / 10)),
-        "HydraLoRA": Method(0.32, 1, n=n),
-        "HydraLoRA, true gate": Method(1.28, 1, gates="domain"),
-        "LoRA-Split by true domain": Method(0.64, 1, "whole LoRAs", r=split, gates="domain"),
-        "whole LoRAs + router, same rank": Method(0.32, 1, "whole LoRAs"),
-        "LoRA of full rank, 4 passes": Method(0.32, 1, n=1, r=96, passes=4),
-        "LoRA on q_proj and v_proj": Method(0.02, 1, places=q_v, n=1, r=10),
-        "HydraLoRA on q_proj and v_proj": Method(0.02, 1, places=q_v, r=4)}
+            1.28, 0.1, "whole LoRAs", r=split, gates="data_set"),
+        "LoRA on up_proj and down_proj": Method(0.08, 0.1, places=mlp, n=1, r=round(same / 10)),
+        "HydraLoRA": Method(1.28, 1, n=n),
+        "HydraLoRA, true gate": Method(1.28, 0.1, gates="domain"),
+        "LoRA-Split by true domain": Method(1.28, 1, "whole LoRAs", r=split, gates="domain"),
+        "whole LoRAs + router, same rank": Method(0.32, 0.1, "whole LoRAs"),
+        "LoRA of full rank, 4 passes": Method(0.08, 0.1, n=1, r=96, passes=4),
+        "LoRA on q_proj and v_proj": Method(0.08, 0.1, places=q_v, n=1, r=10),
+        "HydraLoRA on q_proj and v_proj": Method(0.08, 0.1, places=q_v, r=4)}
 
 
 class FixedGates(nn.Module):
