@@ -1703,10 +1703,11 @@ def test_toy_paper_by_hand(toy, capsys):
                           merging={"mean gates": 40 + i}))
     toy.show_paper(seeds)
     printed = re.sub(" +", " ", capsys.readouterr().out)
-    for text in ("| LoRA, same size | 15 | 89.00 | 9 | 93.00 | +4.00 +- 2.00 | 3 of 3 |",
-                 "| LoRA on q_proj and v_proj | 25 | 89.00 | 30 | 89.00 | +0.00 +- 1.00 | 1 of 3 |",
-                 "LoRA, same size: 89.00 +- 1.00; by seed 90.0 89.0 88.0", "gates: 41.00 +- 1.00",
-                 "router, by seed 0.90 0.91 0.92", "of two B 0.60 +- 0.10 0.10 +- 0.00"):
+    for text in ("| LoRA, same size | 15 | 89.00 | 9 | +4.00 +- 2.00 | 3 of 3 |",
+                 "| LoRA on q_proj and v_proj | 25 | 89.00 | 30 | +0.00 +- 1.00 | 1 of 3 |",
+                 "LoRA, same size: 89.00 +- 1.00; by seed 90.00 89.00 88.00",
+                 "gates: 41.00 +- 1.00", "router: 0.91 +- 0.01; by seed 0.90 0.91 0.92",
+                 "two A: 0.60 +- 0.10", "two B: 0.10 +- 0.00"):
         assert text in printed, text
 
 def test_toy_paper_and_tune_to_their_end(toy, monkeypatch, capsys):
@@ -1763,13 +1764,15 @@ def test_readme_names_and_results_fit_the_code_and_each_other(toy, world):
         assert not attributes or hasattr(found, attributes[0]), name
     size = {name: f"{toy.fine_tune(world, name, method)[1]['size']:,}"
             for name, method in toy.methods().items()}
-    results = [row for row in rows if re.fullmatch(r"\d+ of 10", row[-1])]
-    assert not README or len(results) == 10
-    for name, parameters, right, our_parameters, our_right, ahead, seeds in results:
-        ours = size[toy.OURS.get(name, "HydraLoRA")]
-        assert (parameters, our_parameters) == (size[name], ours), name
+    results = {row[0]: row[1:] for row in rows if re.fullmatch(r"\d+ of 10", row[-1])}
+    assert not README or results.keys() == size.keys() - {"HydraLoRA", *toy.OURS.values()}
+    for name, (parameters, right, our_parameters, ahead, seeds) in results.items():
+        ours = toy.OURS.get(name, "HydraLoRA")
+        assert (parameters, our_parameters) == (size[name], size[ours]), name
         mean = float(ahead.split(" +- ")[0])
-        assert mean == pytest.approx(float(our_right) - float(right), abs=0.011), name
+        place = ours.removeprefix("HydraLoRA on ") if name in toy.OURS else "o_proj"
+        our_right = float(re.search(rf"(\d+\.\d\d) % on {place}", README)[1])
+        assert mean == pytest.approx(our_right - float(right), abs=0.011), name
         assert seeds != ("0 of 10" if mean > 0 else "10 of 10"), name
 
 @pytest.mark.skipif("TOY_RESULT" not in os.environ, reason="needs train_toy.py --json TOY_RESULT")
@@ -1781,5 +1784,7 @@ def test_readme_numbers_of_seed_0_are_those_of_a_run():
         "HydraLoRA", "LoRA, same size", "o_proj itself, tuned", "LoRA on up_proj and down_proj")]
     text = README[README.index("| mean gates"):README.index("## In your")]
     said = [float(number) for number in re.findall(r"\d+\.\d\d", text)]
+    # PyTorch 2.3.1 and 2.13 differ here by 0.005, by 0.44 points lost and by 0.13 points right.
     assert said[:9] == pytest.approx(gates.flatten().tolist(), abs=0.02)
-    assert said[9:] == pytest.approx([*own.aminmax(), other.max(), *right], abs=1)
+    lost = [own.min().item(), own.max().item(), other.max().item()]
+    assert said[9:12] == pytest.approx(lost, abs=2) and said[12:] == pytest.approx(right, abs=1)

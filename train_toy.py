@@ -137,7 +137,7 @@ def adapt(top, seed, method):
         top, method.places, num_heads=method.n, r=method.r, lora_alpha=2 * method.r)
     torch.manual_seed(seed)
     for layer in hydralora_layers(top).values():
-        layer.reset_parameters()  # A first
+        layer.reset_parameters()
         if method.n == 1:
             layer.router.requires_grad_(False)  # the gate of one head is 1
         if method.gates != "router":
@@ -379,7 +379,7 @@ def cosine(matrices):
 
 
 def measure(seed, device, heads, names):
-    """All that is measured on one seed, as a dict; --json writes it."""
+    """All that is measured on one seed, as a dict."""
     world, tops, results = World(seed, device), {}, {}
     found, sse = num_heads_from_corpus(world.training.tokens[:600].tolist())
     n = heads or found
@@ -445,7 +445,7 @@ def show(m):
 
 
 # ---- --paper and --tune: all methods on several seeds
-TUNING_SEEDS, REPORTED_SEEDS = range(5), range(30, 40)  # no seed is both
+TUNING_SEEDS, REPORTED_SEEDS = range(5), range(30, 40)
 RATES, RATES_OF_A = (0.005, 0.02, 0.08, 0.32, 1.28), (1, 0.1, 0.01)
 OURS = {"LoRA on q_proj and v_proj": "HydraLoRA on q_proj and v_proj"}  # else HydraLoRA
 
@@ -462,8 +462,8 @@ def tune_seed(seed, device):
 
 
 def start_process():
-    torch.set_num_threads(1)  # a core for each process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for their parent alone
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent alone
 
 
 def all_seeds(function, seeds, *arguments):
@@ -500,20 +500,22 @@ def show_paper(seeds):
             ahead = [a - b for a, b in zip(of(ours), of(name))]  # on the same seed
             rows.append([
                 name, f"{of(name, 'size')[0]:,}", two(statistics.mean(of(name))),
-                f"{of(ours, 'size')[0]:,}", two(statistics.mean(of(ours))),
-                spread(ahead, "+"), f"{sum(a > 0 for a in ahead)} of {len(ahead)}"])
-    table(["opponent", "parameters", "accuracy", "HydraLoRA's", "accuracy", "ahead by",
+                f"{of(ours, 'size')[0]:,}", spread(ahead, "+"),
+                f"{sum(a > 0 for a in ahead)} of {len(ahead)}"])
+    table(["HydraLoRA against", "parameters", "accuracy", "HydraLoRA's", "ahead by",
            "seeds ahead"], rows)
-    for name in methods():
-        print(f"- {name}: {spread(of(name))}; by seed", *(f"{a:.1f}" for a in of(name)))
-    print("- Limit without labels:", spread([seed["bayes"] for seed in seeds]))
+    lines = {name: of(name) for name in methods()}
+    lines["limit without labels"] = [seed["bayes"] for seed in seeds]
     for way in seeds[0]["merging"]:
-        print(f"- HydraLoRA merged for {way}:", spread([seed["merging"][way] for seed in seeds]))
+        lines[f"HydraLoRA merged for {way}"] = [seed["merging"][way] for seed in seeds]
     for gates in ("router", "symbol alone"):
-        print(f"- NMI of domain and head, {gates}, by seed",
-              *(two(seed["specialisation"]["layers"][PLACE][gates]) for seed in seeds))
-    print(f"- Observation II, {SPLIT}, all from one A: cosines of two A and of two B",
-          *map(spread, zip(*of(SPLIT, "cosines"))))
+        layers = [seed["specialisation"]["layers"] for seed in seeds]
+        lines[f"NMI of domain and head, {gates}"] = [layer[PLACE][gates] for layer in layers]
+    for i, matrix in enumerate("AB"):
+        lines[f"Observation II, {SPLIT}, all from one A, cosine of two {matrix}"] = [
+            cosines[i] for cosines in of(SPLIT, "cosines")]
+    for what, values in lines.items():
+        print(f"- {what}: {spread(values)}; by seed", *map(two, values))
 
 
 # ---- --cost
@@ -591,9 +593,9 @@ def main():
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--heads", type=int, choices=range(1, 33), metavar="N")
-    parser.add_argument("--check", action="store_true", help="exit 1 unless heads go by domain")
+    parser.add_argument("--check", action="store_true", help="exit 1 unless passed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json")
     options = parser.parse_args()
     seed, device = options.seed or 0, options.device
     if options.mode and (options.check or (options.seed, options.heads) != (None, None)):
