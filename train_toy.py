@@ -501,7 +501,7 @@ def show_paper(seeds):
             rows.append([
                 name, f"{of(name, 'size')[0]:,}", two(statistics.mean(of(name))),
                 f"{of(ours, 'size')[0]:,}", spread(ahead, "+"),
-                f"{sum(a > 0 for a in ahead)} of {len(ahead)}"])
+                f"{sum(a > 0 for a in ahead)}/{len(ahead)}"])
     table(["HydraLoRA against", "parameters", "accuracy", "HydraLoRA's", "ahead by",
            "seeds ahead"], rows)
     lines = {name: of(name) for name in methods()}
