@@ -473,7 +473,7 @@ def all_seeds(function, seeds, *arguments):
 
 
 def tune(device):
-    """Rows of a table: the mean accuracy of each method at each pair of rates."""
+    """Rows of a table: the mean accuracy of each method at its rates."""
     seeds, rows = all_seeds(tune_seed, TUNING_SEEDS, device), []
     for name in methods():
         for lr_A in RATES_OF_A:
@@ -502,17 +502,17 @@ def show_paper(seeds):
                 name, f"{of(name, 'size')[0]:,}", two(statistics.mean(of(name))),
                 f"{of(ours, 'size')[0]:,}", spread(ahead, "+"),
                 f"{sum(a > 0 for a in ahead)}/{len(ahead)}"])
-    table(["HydraLoRA against", "parameters", "accuracy", "HydraLoRA's", "ahead by",
+    table(["HydraLoRA against", "parameters", "accuracy", "HydraLoRA's", "ahead by +- std",
            "seeds ahead"], rows)
     lines = {name: of(name) for name in methods()}
-    lines["limit without labels"] = [seed["bayes"] for seed in seeds]
+    lines["Bayes"] = [seed["bayes"] for seed in seeds]
     for way in seeds[0]["merging"]:
         lines[f"HydraLoRA merged for {way}"] = [seed["merging"][way] for seed in seeds]
     for gates in ("router", "symbol alone"):
         layers = [seed["specialisation"]["layers"] for seed in seeds]
         lines[f"NMI of domain and head, {gates}"] = [layer[PLACE][gates] for layer in layers]
     for i, matrix in enumerate("AB"):
-        lines[f"Observation II, {SPLIT}, all from one A, cosine of two {matrix}"] = [
+        lines[f"{SPLIT}, all from one A: cosine of two {matrix}"] = [
             cosines[i] for cosines in of(SPLIT, "cosines")]
     for what, values in lines.items():
         print(f"- {what}: {spread(values)}; by seed", *map(two, values))
