@@ -31,6 +31,7 @@ import time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits leaves its core
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -373,7 +374,7 @@ def verdict(scores, gain):
 
 
 def cosine(matrices):
-    """The mean cosine of each matrix and the next: (n, rows, columns) -> a number."""
+    """The mean cosine of each matrix and the next."""
     flat = matrices.flatten(1)
     return F.cosine_similarity(flat, flat.roll(1, 0)).mean().item()
 
@@ -473,7 +474,7 @@ def all_seeds(function, seeds, *arguments):
 
 
 def tune(device):
-    """Rows of a table: the mean accuracy of each method at its rates."""
+    """Rows of mean accuracies."""
     seeds, rows = all_seeds(tune_seed, TUNING_SEEDS, device), []
     for name in methods():
         for lr_A in RATES_OF_A:
@@ -602,7 +603,7 @@ def main():
         parser.error("--seed, --heads and --check belong to the main run")
     if not 0 <= seed < 1e9:
         parser.error("--seed has to be from 0 to 999,999,999")
-    try:  # what would fail after training fails before it
+    try:  # fail before training, if at all
         torch.ones(1, device=device)
         open(options.json or os.devnull, "a").close()
     except Exception as error:
