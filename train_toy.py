@@ -31,7 +31,7 @@ import time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits leaves its core
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting must not cost a core
 import torch
 import torch.nn.functional as F
 from torch import nn
