@@ -1595,7 +1595,7 @@ def test_toy_world_by_hand(toy, world, monkeypatch):
     for frequencies, limit in ((torch.ones(own.shape), 100 / 3), (own.float(), 100)):
         monkeypatch.setattr(world, "frequencies", F.normalize(frequencies, p=1))
         tokens, targets, domain, data_set = world.sample(20000, toy.TEST, new)
-        data = SimpleNamespace(tokens=tokens, targets=targets)      # domains alike, or none alike
+        data = SimpleNamespace(tokens=tokens, targets=targets)      # domains alike, or not
         assert world.bayes_accuracy(data) == pytest.approx(limit, abs=0.5)
     assert torch.equal(targets, (tokens[:, :toy.LENGTH] - domain[:, None]) % toy.SYMBOLS)
     assert (data_set == domain).double().mean().item() == pytest.approx(0.9 + 0.1 / 3, abs=0.01)
@@ -1679,7 +1679,7 @@ def test_toy_writes_what_it_measured(toy, tmp_path, capsys):
     assert list(right) == toy.MAIN_RUN and result["seed"] == 0 and 99 < result["bayes"]
     assert result["gain"] == right["HydraLoRA"] - right["LoRA, same size"]
     assert re.findall(r"\n(\d)\. ", printed) == list("1234")
-    assert run_toy(toy, "--check", "--heads", "1", "--seed", "3") == 1      # one head cannot
+    assert run_toy(toy, "--check", "--heads", "1", "--seed", "3") == 1  # one head cannot
 
 @pytest.mark.parametrize("scores, gain, passed", [
     ((0.96, 0.05, 0), 5, True), ((0.96, 0.05, 0), -5, False), ((0.45, 0.05, 0), 5, False),
@@ -1775,7 +1775,7 @@ def test_readme_names_and_results_fit_the_code_and_each_other(toy, world):
         assert mean == pytest.approx(our_right - float(right), abs=0.011), name
         assert seeds != ("0/10" if mean > 0 else "10/10"), name
 
-@pytest.mark.skipif("TOY_RESULT" not in os.environ, reason="needs train_toy.py --json TOY_RESULT")
+@pytest.mark.skipif("TOY_RESULT" not in os.environ, reason="needs a file of train_toy.py")
 def test_readme_numbers_of_seed_0_are_those_of_a_run():
     result = json.loads(Path(os.environ["TOY_RESULT"]).read_text())
     gates, lost = (torch.tensor(result["specialisation"][key]) for key in ("gates", "lost"))
@@ -1784,7 +1784,7 @@ def test_readme_numbers_of_seed_0_are_those_of_a_run():
         "HydraLoRA", "LoRA, same size", "o_proj itself, tuned", "LoRA on up_proj and down_proj")]
     text = README[README.index("| mean gates"):README.index("## In your")]
     said = [float(number) for number in re.findall(r"\d+\.\d\d", text)]
-    # PyTorch 2.3.1 and 2.13 differ here by 0.005, by 0.44 points lost and by 0.13 points right.
+    # PyTorch 2.3.1 and 2.13 differ by 0.005 here, 0.44 points lost and 0.13 points right.
     assert said[:9] == pytest.approx(gates.flatten().tolist(), abs=0.02)
     lost = [own.min().item(), own.max().item(), other.max().item()]
     assert said[9:12] == pytest.approx(lost, abs=2) and said[12:] == pytest.approx(right, abs=1)
