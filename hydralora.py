@@ -340,7 +340,7 @@ def mean_gates(model, batches, masks=None):
 
     batches: a list of tensors, or of dicts of keyword arguments. masks: a tensor (b, t) for
     each, 1 where a token counts. A batch's own attention_mask is not looked at.
-    **A fixed mixture can ruin the model: train_toy.py falls from 98.0 to 39.0 %.**
+    **A fixed mixture can ruin the model: train_toy.py falls from 97.6 to 32.7 %.**
     """
     if isinstance(batches, (torch.Tensor, Mapping)):
         raise TypeError("batches must be a list of batches")
@@ -510,14 +510,18 @@ class TinyBlock(nn.Module):
         self.up_proj = nn.Linear(width, inner)
         self.down_proj = nn.Linear(inner, width)
 
-    def forward(self, h):
+    def attention(self, h):
+        """What o_proj reads, (b, t, width)."""
         split = (self.num_attention_heads, -1)
-        x = self.attention_norm(h)  # (b, t, width)
-        q = self.q_proj(x).unflatten(-1, split).transpose(1, 2)  # (b, heads, t, head width)
+        x = self.attention_norm(h)
+        q = self.q_proj(x).unflatten(-1, split).transpose(1, 2)  # (b, heads, t, -1)
         k = self.k_proj(x).unflatten(-1, split).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, split).transpose(1, 2)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        h = h + self.o_proj(x.transpose(1, 2).flatten(2))  # (b, t, width)
+        return x.transpose(1, 2).flatten(2)
+
+    def forward(self, h):
+        h = h + self.o_proj(self.attention(h))  # (b, t, width)
         return h + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(h))))
 
 

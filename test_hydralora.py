@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# SPDX-FileCopyrightText: 2026 the authors of HydraLoRA in one file
 """An oracle for HydraLoRA, then the tests of hydralora.py in the order in which a reader asks.
 
 The oracle calls any function with the signature of hydralora.hydralora_forward. It needs
@@ -55,7 +56,7 @@ try:
 except Exception as error:      # a message ends the run
     raise pytest.exit.Exception(f"{SETTINGS}: {type(error).__name__}: {error}", 2) from None
 
-# ---- The equations, twice --------------------------------------------------------------------
+# ---- The equations, twice ----
 # The reference is NumPy and plain loops, and uses nothing from hydralora.py.
 
 def reference(x, W0, bias, A, B, Wg, scaling, grad_y):
@@ -97,7 +98,7 @@ def loop(x, W0, bias, A, B, Wg, scaling):
         y = y + (w[..., i, None] * F.linear(z, B[i]) * scaling).to(y.dtype)
     return y
 
-# ---- What is checked: the cases --------------------------------------------------------------
+# ---- What is checked: the cases ----
 INPUTS = ("x", "W0", "bias", "A", "B", "Wg")
 TENSORS = (*INPUTS, "grad_y")
 ALL = " ".join(INPUTS)      # everything needs a gradient
@@ -326,7 +327,7 @@ def solution(case, group):
     slow = math.prod(case.lead) * case.n > 64 or case.d * case.r > 1e4
     return (by_torch if slow else by_numpy)(as_float64(Problem(case, group).inputs()), case.scaling)
 
-# ---- What is allowed -------------------------------------------------------------------------
+# ---- What is allowed ----
 
 @functools.cache
 def tolerance(case, group):
@@ -394,7 +395,7 @@ def where(quantity, found, p):
     first = tuple(int(i) for i in np.unravel_index(wrong[0], right.shape[:-1]))
     return f"; {len(wrong)} of {len(off)} {rows}, first {first}"
 
-# ---- One call --------------------------------------------------------------------------------
+# ---- One call ----
 MODES = dict(values=[torch.no_grad, torch.inference_mode], gradients=[torch.enable_grad])
 
 def fail_unless(p, fact, message):
@@ -461,7 +462,7 @@ def backward(run):
 def result(function, p, inputs=None, mode=torch.enable_grad):
     return backward(forward(function, p, inputs, mode))
 
-# ---- States: what calls must not leave behind, and other ways to call autograd ---------------
+# ---- States: what calls must not leave behind, and other ways to call autograd ----
 # Each yields a problem, what was found, and at what moment. All is compared at the end: so
 # what a later call overwrites is found too.
 
@@ -666,7 +667,7 @@ STATES = {state.__name__.replace("_", "-"): state for state in (
     calls_in_a_row, unlike_layers, tensor_changes, many_layers, output_changes, nan_stays,
     random_state, nothing_kept, two_threads, *ONLY_GRADIENTS)}
 
-# ---- The oracle ------------------------------------------------------------------------------
+# ---- The oracle ----
 def groups_of(name):
     if name in NOT_IN_FLOAT16:
         return [group for group in GROUPS if group not in ("half", "mixfp16", "autofp16")]
@@ -715,7 +716,7 @@ def test_oracle(compared, name, group, request):
     if message := verdict(IMPLEMENTATION, compared, name, group):
         pytest.fail(f"{NAME}, {request.node.callspec.id}: {message}", pytrace=False)
 
-# ---- The oracle's own tests ------------------------------------------------------------------
+# ---- The oracle's own tests ----
 # What follows uses hydralora.py; the oracle does not.
 import collections
 import copy
@@ -1763,32 +1764,19 @@ def test_transformers_train_and_peft_loads_the_exported_lora(tmp_path):
     merged = model(**inputs).logits
     torch.testing.assert_close(loaded(**inputs).logits, merged, rtol=0, atol=1e-5)
 
-def test_transformers_offloaded_layers_and_a_subclass_of_linear(tmp_path):
-    transformers, accelerate = map(pytest.importorskip, ("transformers", "accelerate"))
-    torch.manual_seed(0)
-    config = transformers.FalconConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
-    model, ids = transformers.FalconForCausalLM(config).eval(), torch.randint(99, (2, 9))
-    first = "h.0.self_attention.query_key_value"
-    assert type(model.get_submodule(f"transformer.{first}")) is not nn.Linear
+def test_accelerate_offloads_layers_beside_adapted_ones(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
     for place in ("cpu", "disk"):
-        offloaded = copy.deepcopy(model)
+        model = plain_tiny()
         if place == "cpu":
-            accelerate.cpu_offload(offloaded.transformer.h[1], "cpu")
+            accelerate.cpu_offload(model.layers[1], "cpu")
         else:
-            accelerate.disk_offload(offloaded.transformer.h[1], tmp_path, "cpu")
-        before = offloaded(ids).logits
+            accelerate.disk_offload(model.layers[1], tmp_path, "cpu")
+        before = model(IDS)
         with pytest.raises(ValueError, match="on meta: .* that is offloaded cannot be adapted"):
-            inject_hydralora(offloaded, "query_key_value")
-        inject_hydralora(offloaded, first, num_heads=N)  # beside an offloaded one
-        assert torch.equal(offloaded(ids).logits, before)
-    inject_hydralora(model, "query_key_value", num_heads=N)
-    for m in hydralora_layers(model).values():
-        nn.init.normal_(m.lora_B, std=0.3)
-    with hook_gates(model, lambda name, w: GATES.to(w).expand_as(w)):
-        expected = model(ids).logits
-    merge_hydralora(model, GATES)
-    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-4)
+            inject_hydralora(model, "q_proj")
+        inject_hydralora(model, "layers.0.q_proj")
+        assert torch.equal(model(IDS), before)
 
 def one_of_two_processes(rank, rendezvous):
     """On the loopback interface; both compare with what one process gives."""
@@ -1826,7 +1814,7 @@ def test_two_processes_train_as_one(tmp_path):
     torch.multiprocessing.start_processes(
         one_of_two_processes, (path.as_uri(),), nprocs=2, start_method=how)
 
-# ---- The toy, with few steps -----------------------------------------------------------------
+# ---- The toy, with few steps ----
 @pytest.fixture(scope="module")
 def toy():
     """train_toy.py, with runs so short that nothing is learnt."""
@@ -2001,9 +1989,9 @@ def test_toy_cost_compares_equals(toy):
     nn.init.normal_(layer.lora_B)
     close(toy.loop_over_heads(layer, x), layer(x))
     row, = toy.cost("cpu", sizes=[(256, 512, 4, 3)], rounds=1)
-    assert row["bytes / loop"] < 0.05
+    assert row["bytes / loop"] < 0.05 and 1 <= row["bytes / bound"] < 1.1
 
-# ---- README ----------------------------------------------------------------------------------
+# ---- README ----
 README = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
@@ -2015,13 +2003,12 @@ def test_readme_python_block_prints_what_it_says(block, tmp_path, monkeypatch, c
     assert capsys.readouterr().out.splitlines() == promised
 
 @pytest.mark.skipif(not README, reason="needs README.md")
-def test_readme_definition_is_the_reference():
-    definition, rng = {}, np.random.default_rng(0)
+def test_readme_definition_passes_the_oracle():
+    definition = {}
     exec(BLOCKS[0], definition)
-    x, W0, A, B, Wg = (rng.normal(size=s) for s in ((6, 7), (5, 7), (3, 7), (4, 5, 3), (4, 7)))
-    y = definition["hydralora"](*map(torch.tensor, (x, W0, A, B, Wg)), 1.75)
-    expected, _ = reference(x, W0, None, A, B, Wg, 1.75, np.zeros((6, 5)))
-    np.testing.assert_allclose(y, expected, atol=1e-12)
+    def function(x, W0, bias, *others):
+        return definition["hydralora"](x, W0, *others) + (0 if bias is None else bias)
+    check(function, "gradients", "many-rows", "float64")
 
 def test_readme_names_and_results_fit_the_code_and_each_other(toy, world):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines()

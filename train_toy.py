@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# SPDX-FileCopyrightText: 2026 the authors of HydraLoRA in one file
 """Do the heads of HydraLoRA specialise, and what are the router and the shared A worth?
 
     python train_toy.py             the experiment: under a minute on a CPU
@@ -60,7 +61,7 @@ MODEL = TinyConfig(
     num_attention_heads=8)
 
 
-# ---- The methods
+# ---- The methods ----
 @dataclass
 class Method:
     """What is trained, where in the last block, and at which rates."""
@@ -157,13 +158,7 @@ class Top(nn.Module):
         self.block, self.norm, self.lm_head = model.layers[-1], model.norm, model.lm_head
 
     def attention(self, h):
-        block, split = self.block, (MODEL.num_attention_heads, -1)
-        x = block.attention_norm(h)  # (b, 2 LENGTH, width)
-        q = block.q_proj(x).unflatten(-1, split).transpose(1, 2)  # (b, heads, 2 LENGTH, _)
-        k = block.k_proj(x).unflatten(-1, split).transpose(1, 2)
-        v = block.v_proj(x).unflatten(-1, split).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return mixed.transpose(1, 2).flatten(2)[:, LENGTH:]  # (b, LENGTH, width)
+        return self.block.attention(h)[:, LENGTH:]  # (b, LENGTH, width)
 
     def forward(self, h, x=None):
         if x is None or isinstance(self.block.q_proj, HydraLoRALinear):
@@ -173,7 +168,7 @@ class Top(nn.Module):
         return self.lm_head(self.norm(h))  # (b, LENGTH, vocabulary)
 
 
-# ---- Training and evaluation
+# ---- Training and evaluation ----
 def train(model, inputs, targets, lr, what, lr_A=1, labels=None, passes=1):
     """AdamW on OneCycle, cross-entropy. Each step takes the next BATCH of the inputs, each
     (count, ...), targets (count, positions) and labels (count,), if there are any."""
@@ -280,7 +275,7 @@ def fine_tune(world, name, method):
                      by_domain=by_domain(right, test.domain).tolist())
 
 
-# ---- A look at the heads, and merging
+# ---- A look at the heads, and merging ----
 PLACE = "last o_proj"
 WHAT_THEY_ARE = {
     "router": "HydraLoRA's own",
@@ -360,7 +355,7 @@ def merging(top, world):
             "mean gates of all": merged_for(first).mean().item()}
 
 
-# ---- The main run
+# ---- The main run ----
 MAIN_RUN = list(methods())[:6]
 SPLIT = "LoRA-Split by true domain"
 
@@ -445,7 +440,7 @@ def show(m):
     print(f"HydraLoRA is {m['gain']:+.2f} points from the LoRA of its size in the same place.")
 
 
-# ---- --paper and --tune: all methods on several seeds
+# ---- --paper and --tune: all methods on several seeds ----
 TUNING_SEEDS, REPORTED_SEEDS = range(5), range(30, 40)
 RATES, RATES_OF_A = (0.005, 0.02, 0.08, 0.32, 1.28), (1, 0.1, 0.01)
 OURS = {"LoRA on q_proj and v_proj": "HydraLoRA on q_proj and v_proj"}  # else HydraLoRA
@@ -519,7 +514,7 @@ def show_paper(seeds):
         print(f"- {what}: {spread(values)}; by seed", *map(two, values))
 
 
-# ---- --cost
+# ---- --cost ----
 def loop_over_heads(layer, x):
     """The official code's way: A x, and a result of y's size, for each head."""
     y, w = layer.base(x), layer.router(x)
@@ -546,7 +541,7 @@ def saved_bytes(function, x, inputs):
 
 def cost(device, sizes=((2048, 1024, 8, 3), (2048, 1024, 8, 10), (512, 4096, 8, 3)), rounds=25):
     """Medians of forward and backward, in another order each round, and bytes kept for backward,
-    as multiples of those of a LoRA of rank n r, and of a loop over heads."""
+    beside a LoRA of rank n r, a loop over heads, and the bound: A x, w, their product, heads."""
     rows = []
     for tokens, width, r, n in sizes:
         base = nn.Linear(width, width, bias=False, device=device)
@@ -572,16 +567,19 @@ def cost(device, sizes=((2048, 1024, 8, 3), (2048, 1024, 8, 10), (512, 4096, 8, 
                 if device != "cpu":
                     getattr(torch, device).synchronize()
                 seconds[way].append(time.perf_counter() - start)
-        ours, *others = [statistics.median(t[5:]) for t in seconds]
-        kept, *kept_by_others = [saved_bytes(way, x, inputs) for way in ways]
-        rows.append({"tokens, width, r, n": f"{tokens}, {width}, {r}, {n}"})
-        for i, other in enumerate(("LoRA", "loop")):
-            rows[-1][f"time / {other}"] = round(ours / others[i], 3)
-            rows[-1][f"bytes / {other}"] = round(kept / kept_by_others[i], 3)
+        ours, of_lora, of_loop = [statistics.median(t[5:]) for t in seconds]
+        kept, _, kept_by_loop = [saved_bytes(way, x, inputs) for way in ways]
+        bound = 4 * (tokens * (r + n + n * r) + n * width * r)
+        rows.append({
+            "tokens, width, r, n": f"{tokens}, {width}, {r}, {n}",
+            "time / LoRA of rank n r": round(ours / of_lora, 3),
+            "time / loop": round(ours / of_loop, 3),
+            "bytes / loop": round(kept / kept_by_loop, 3),
+            "bytes / bound": round(kept / bound, 3)})
     return rows
 
 
-# ---- Options
+# ---- Options ----
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"train_toy.py: {message}\n")
