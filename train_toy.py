@@ -495,10 +495,10 @@ def show_paper(seeds):
             ours = OURS.get(name, "HydraLoRA")
             ahead = [a - b for a, b in zip(of(ours), of(name))]  # on the same seed
             rows.append([
-                name, f"{of(name, 'size')[0]:,}", two(statistics.mean(of(name))),
-                f"{of(ours, 'size')[0]:,}", spread(ahead, "+"),
+                name, f"{of(name, 'size')[0]:,}:{of(ours, 'size')[0]:,}",
+                two(statistics.mean(of(name))), spread(ahead, "+"),
                 f"{sum(a > 0 for a in ahead)}/{len(ahead)}"])
-    table(["HydraLoRA against", "parameters", "accuracy", "HydraLoRA's", "ahead by +- std",
+    table(["HydraLoRA against", "parameters, its:ours", "accuracy", "ahead by +- std",
            "seeds ahead"], rows)
     lines = {name: of(name) for name in methods()}
     lines["Bayes"] = [seed["bayes"] for seed in seeds]
