@@ -423,7 +423,8 @@ def show(m):
     table(["method", "parameters", "accuracy", *domains], [
         [name, f"{of['size']:,}", two(of["accuracy"]), *map(two, of["by_domain"])]
         for name, of in m["methods"].items()])
-    print("   On the last o_proj, which has 9,216 weights, unless a name says where.")
+    print(f"   On the last o_proj, which has {MODEL.hidden_size ** 2:,} weights, "
+          "unless a name says where.")
     print(f"   The limit without labels (Bayes) is {two(m['bayes'])}.")
     print("\n3. Do the heads go by domain? NMI of domain and head: 0, not at all; 1, a head each\n")
     table(["gates", "NMI", "what they are"], [
