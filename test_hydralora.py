@@ -533,8 +533,8 @@ def accumulated(function, group, mode):
     second = forward(function, q, inputs | dict(x=q.tensor("x")))
     yield p, as_float64(backward(first), copy=True), "the first of two backwards: "
     both = as_float64(backward(second))
-    yield q, {quantity: both[quantity] - p.expected[quantity] for quantity in both
-              if quantity not in ("y", "gradient of x")}, "gradients that add up: "
+    yield q, {quantity: t if t is None else t - p.expected[quantity] for quantity, t in
+              both.items() if quantity not in ("y", "gradient of x")}, "gradients that add up: "
 
 def output_changes(function, group, mode):
     """y changed in place, as in y *= 2. The backward then is right, or a RuntimeError."""
@@ -655,15 +655,16 @@ def each_need(function, group, mode):
 
 def shared_input(function, group, mode):
     """Two layers on one x, as q_proj and v_proj are, or one on two, and one backward."""
-    for size, anew in (({}, LAYER), (ALIGNED, LAYER), ({}, "x")):
+    for size, anew in (({}, LAYER), (ALIGNED, LAYER), ({}, "x"), ({}, "grad_y")):
         p, q = problem(group, **size), problem(group, anew=anew, **size)
         first = p.inputs()
         second = first | {name: q.tensor(name) for name in anew.split()}
         runs = [forward(function, p, first), forward(function, q, second)]
         torch.autograd.backward([run.y for run in runs], [run.grad_y for run in runs])
-        both = as_float64(named(None, {name: first[name].grad for name in ADAPTER.split()
-                                       if name not in anew.split()}))
-        only_p = {quantity: t - q.expected[quantity] for quantity, t in both.items() if t is not None}
+        shared = [name for name in ADAPTER.split() if name not in anew.split()]
+        both = as_float64({f"gradient of {name}": first[name].grad for name in shared})
+        only_p = {quantity: t if t is None else t - q.expected[quantity]
+                  for quantity, t in both.items()}
         yield p, only_p, f"two calls, {anew} anew, one backward: "
 
 ONLY_GRADIENTS = (accumulated, within_compile, autograd_grad, changed_before_backward,
@@ -1051,6 +1052,7 @@ A = A if A.__dict__.setdefault("needs", A.requires_grad) else A.detach()
 A = A if k % 8 or W0.requires_grad else A.detach()  => k=64
 [shared-input]
 o = A.__dict__; A = hooked(A, lambda g: o.setdefault("g", g.clone()).copy_(g))  => x anew
+o = A.__dict__; x = hooked(x, lambda g: o.setdefault("g", g.clone()).copy_(g))  => grad_y an
 x = x if k > 7 else hooked(x, lambda g: memory.setdefault(0, g.clone()).copy_(g))
 x = x if k < 8 else hooked(x, lambda g: memory.setdefault(0, g.clone()).copy_(g))  => k=64
 """)
@@ -1259,7 +1261,7 @@ def tokens(*shape, dtype=torch.float64, seed=1):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 def fit(model, loss_of, steps, lr=1e-2, **arguments):
-    """So many AdamW steps; returns the last loss before its step."""
+    """The last loss of so many AdamW steps."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, **arguments)
     for _ in range(steps):
@@ -1297,7 +1299,7 @@ def test_layer_is_the_reference_and_its_router_sees_no_dropout():
     torch.testing.assert_close(m.eval()(x) - torch.tensor(y), F.linear(x, *weights[:2]))
 
 def test_gates_survive_what_exchanges_every_linear_layer():
-    """As quantisers do: their layers take the weight, and know of no softmax."""
+    """As quantisers do."""
     model = tiny()
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -1819,7 +1821,7 @@ def test_toy_world_by_hand(toy, world, monkeypatch):
     for frequencies, limit in ((torch.ones(own.shape), 100 / 3), (own.float(), 100)):
         monkeypatch.setattr(world, "frequencies", F.normalize(frequencies, p=1))
         tokens, targets, domain, data_set = world.sample(20000, toy.TEST, new)
-        data = SimpleNamespace(tokens=tokens, targets=targets)  # domains alike, or not
+        data = SimpleNamespace(tokens=tokens, targets=targets)
         assert world.bayes_accuracy(data) == pytest.approx(limit, abs=0.5)
     assert torch.equal(targets, (tokens[:, :toy.LENGTH] - domain[:, None]) % toy.SYMBOLS)
     assert (data_set == domain).double().mean().item() == pytest.approx(0.9 + 0.1 / 3, abs=0.01)
@@ -1849,7 +1851,7 @@ def test_toy_whole_loras_chosen_by_labels(gates, toy, world, monkeypatch):
 
 def test_toy_nmi_by_hand(toy):
     domain = torch.arange(3).repeat(4)
-    own = F.one_hot(domain, 3).float()[:, None]  # (count, 1, n)
+    own = F.one_hot(domain, 3).float()[:, None]
     assert toy.nmi(own.roll(1, -1), domain) == pytest.approx(1)
     assert toy.nmi(own * 0 + 1 / 3, domain) == pytest.approx(0, abs=1e-6)
     shared = own[torch.where(domain == 2, 1, domain)]  # two domains have one head
@@ -1943,7 +1945,7 @@ def test_toy_paper_and_tune_to_their_end(toy, monkeypatch, capsys):
     assert all(f"\n| {name} " in printed for name in toy.methods()) and "lr 0.01" in printed
 
 @pytest.mark.parametrize("options, said", [
-    (["--heads", "0"], "--heads"), (["--paper", "--seed", "1"], "belong to"),
+    (["--paper", "--seed", "1"], "belong to"),
     (["--json", "/no/such/x"], "/no/such/x"),
     (["--device", "no_such"], "no_such"), (["--seed", "9" * 20], "--seed")], ids=str)
 def test_toy_refuses_options_in_one_line(options, said, toy, capsys):
