@@ -620,10 +620,10 @@ def within_compile(function, group, mode):
     yield p, found, "under torch.compile: "
 
 def autograd_grad(function, group, mode):
-    """Twice, unless compiled code refuses that; .grad stays as it is; x and A are no leaves."""
+    """Twice, unless compiled code refuses that; .grad stays as it is; x, A, B are no leaves."""
     leaves, p = problem(group).inputs(), problem(group, needs=ADAPTER)
-    run = forward(function, p, leaves | {name: leaves[name] * 1.0 for name in ("x", "A")})
     wanted = {name: leaves[name] for name in ADAPTER.split()}
+    run = forward(function, p, leaves | {name: leaves[name] * 1.0 for name in ("x", "A", "B")})
     for again in (True, False):
         try:
             grads = torch.autograd.grad(run.y, [*wanted.values()], run.grad_y,
