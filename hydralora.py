@@ -73,7 +73,7 @@ def hydralora_delta(x, A, B, gates, scaling: float):
 
         sum_i w_i B_i z  =  [B_1 ... B_n] [w_1 z; ...; w_n z],    z = scaling * A x.
 
-    So it costs no more than one LoRA of rank n r: there is no y for each head.
+    So it costs about as much as one LoRA of rank n r.
     x (..., k), A (r, k), B (n, d, r), gates w (..., n) -> (..., d).
     """
     z = F.linear(x, A) * scaling                # (..., r) [4]
@@ -272,7 +272,7 @@ def inject_hydralora(model, targets, **layer_arguments):
     for target in [targets] if isinstance(targets, str) else targets:
         found = [name for name in linears if f".{name}".endswith(f".{target}")]
         if not found:
-            raise ValueError(f"{target!r} matches no nn.Linear left, of {linears[:10]} ...")
+            raise ValueError(f"{target!r} matches no nn.Linear: there are {linears[:10]} ...")
         chosen += found
     if not chosen:
         raise ValueError("targets is empty")

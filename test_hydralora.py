@@ -1659,7 +1659,7 @@ mean_gates(tiny(), [IDS], [torch.zeros(3, 11)])  # no token reached
 mean_gates(tiny(), IDS)  # batches must be a list
 mean_gates(tiny(), dict(tokens=IDS))  # batches must be a list
 inject_hydralora(plain_tiny(), [])  # targets is empty
-inject_hydralora(plain_tiny(), "proj")  # 'proj' matches no nn.Linear left, of \['layers
+inject_hydralora(plain_tiny(), "proj")  # 'proj' matches no nn.Linear: there are \['la
 inject_hydralora(tiny(), ["v_proj.base", "router"])  # 'v_proj.base' matches
 inject_hydralora(nn.TransformerEncoderLayer(8, 2), "linear1")  # its parent reads its weight
 inject_hydralora(nn.MultiheadAttention(8, 2), "out_proj")  # its parent reads its weight
