@@ -524,8 +524,8 @@ def many_layers(function, group, mode):
             yield run.p, backward(run), f"{count} layers, then their backwards: "
 
 def accumulated(function, group, mode):
-    """Calls without gradients, two forwards, two backwards that add up, of one layer."""
-    p, q = problem(group), problem(group, anew="x")
+    """Calls without gradients, two forwards, two backwards that add up."""
+    p, q = (problem(group, scaling=1.3, anew=anew) for anew in ("", "x"))
     inputs = p.inputs()
     for now in MODES["values"][::-1]:
         forward(function, p, inputs, now)
