@@ -1631,7 +1631,6 @@ def test_tiny_transformer_is_causal():
 
 # ---- Bad input ----
 plain_tiny = lambda: TinyTransformer(TinyConfig())
-several = [IDS, IDS]
 offloaded, sharded = plain_tiny(), tiny("q_proj")
 offloaded.layers[1].to("meta")
 
@@ -1654,7 +1653,7 @@ export_lora(tiny(), {"z": GATES})  # gates are for \['z'\], the model's layers a
 export_lora(tiny().to("meta"), GATES)  # on meta
 export_lora(layer(), GATES)  # one name for each layer
 record_gates(plain_tiny()).__enter__()  # no HydraLoRALinear
-mean_gates(tiny(), several, [torch.ones(3, 11)])  # shorter
+mean_gates(tiny(), [IDS, IDS], [torch.ones(3, 11)])  # shorter
 mean_gates(tiny(), [IDS], [torch.zeros(3, 11)])  # no token reached
 mean_gates(tiny(), IDS)  # batches must be a list
 mean_gates(tiny(), dict(tokens=IDS))  # batches must be a list
