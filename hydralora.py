@@ -3,7 +3,7 @@
 """HydraLoRA in one file: one shared matrix A, N heads B_i, and a router that mixes them.
 
 Tian, Shi, Guo, Li, Xu: "HydraLoRA: An Asymmetric LoRA Architecture for Efficient
-Fine-Tuning", NeurIPS 2024, arXiv 2404.19245. W0 is frozen, all the rest is trained:
+Fine-Tuning", NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are trained:
 
     (1)  y = W0 x + B A x                 LoRA
     (2)  W = W0 + sum_i w_i B_i A         HydraLoRA as one weight, for a fixed w
@@ -25,7 +25,7 @@ line of HydraLoRA/peft/tuners/lora.py in github.com/Clin0212/HydraLoRA at afb693
     [1] The router reads x, as in the paper's text and L339. Before Eq. 4 the paper gives
         Wg the shape (r, N), which fits A x.
     [2] The router has no bias (L279) and starts Kaiming-uniform (L299), as A does (L295).
-    [3] The softmax is in float32, or float64 for float64, and cast back; L339: in float32.
+    [3] The softmax is in float32, or float64 for float64, and cast back; L339: always float32.
     [4] The update is scaled by lora_alpha / r (L284, L342); the paper has no such factor.
     [5] One dropout mask for all heads, on the x that A reads, and none for the router
         (L339). L342 draws a mask for each head; the paper has no dropout.
@@ -35,7 +35,7 @@ line of HydraLoRA/peft/tuners/lora.py in github.com/Clin0212/HydraLoRA at afb693
     [8] Merging takes one w, from the caller, for all tokens: not exact. The paper merges
         "based on the input" (3.2.2), as we read it for each token; lora.py never does.
 
-Beside the paper, read down to "On a model": up to there this file is a module of its own.
+Read it beside the paper down to "On a model": what stands above needs nothing below.
 """
 import math
 import re
@@ -91,15 +91,15 @@ class Router(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # U(-1, 1) / sqrt(k) [2]
 
     def forward(self, x):
-        return hydralora_gates(x, self.weight)  # (..., n)
+        return hydralora_gates(x, self.weight)
 
 
 class HydraLoRALinear(nn.Module):
     """A frozen nn.Linear, base (d, k), with a HydraLoRA update: x (..., k) -> y (..., d).
 
     num_heads: n. r: the rank of A and of each B_i. lora_alpha: scaling = lora_alpha / r.
-    lora_dropout: its probability. The adapter is float32, or float64 for a float64 base
-    (official script: bfloat16), and y has the dtype of base(x).
+    lora_dropout: its probability. The adapter is float32, or float64 for a float64 base,
+    and y has the dtype of base(x).
 
     By hand, with W0 the identity, bias (10, 20), A = (1, 1), B_1 = (1, 2), B_2 = (5, -2),
     Wg = ((ln 3, 0), (0, 0)) and scaling 2:
@@ -129,7 +129,7 @@ class HydraLoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(num_heads, d, r, **like))
         self.router = Router(k, num_heads, **like)
         self.lora_dropout = nn.Dropout(lora_dropout)
-        self.reset_parameters()  # the router's again
+        self.reset_parameters()
         self.base = base.requires_grad_(False)  # W0 and bias
         self.train(base.training)
 
@@ -170,7 +170,7 @@ class HydraLoRALinear(nn.Module):
         float32 or float64, not scaled.
         """
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        gates = torch.as_tensor(gates, dtype=dtype)  # (n,)
+        gates = torch.as_tensor(gates, dtype=dtype)
         if gates.shape != (self.num_heads,) or not gates.isfinite().all():
             raise ValueError(f"gates must be {self.num_heads} finite numbers, got {gates}")
         gates = gates.to(self.lora_B.device).view(-1, 1, 1)  # (n, 1, 1)
@@ -203,10 +203,10 @@ class HydraLoRALinear(nn.Module):
 def _plain_linear(base):
     """W0 (d, k) and bias (d,) of a base that gives W0 x + bias; TypeError if it does not.
 
-    A hook or a forward of its own may give more. So base is asked: for unit vectors it has
-    to give the columns of W0, plus bias. Negative ones, so that a ReLU before W0 shows;
-    within one eps, for a product that rounds in another way; nan is nan, since merge
-    itself names a W that is not finite.
+    A hook or a forward of its own may give more. So base is asked: for -2 times up to 64
+    unit vectors it has to give that of W0's columns, plus bias. The minus shows a ReLU
+    before W0, the 2 a clip. One eps is for a product that rounds in another way, and nan
+    is nan, since merge itself names a W that is not finite.
     """
     W0, bias = base._parameters.get("weight"), base.bias
     if type(W0) is not nn.Parameter or not W0.is_floating_point() or W0.is_meta:
@@ -214,14 +214,14 @@ def _plain_linear(base):
                         f"or offloaded: {base}")
     k = W0.shape[1]
     columns = torch.arange(0, k, 1 + k // 64, device=W0.device)  # (m,), m <= 64
-    x = -F.one_hot(columns, k)[None].to(W0.dtype)  # (1, m, k)
+    x = -2 * F.one_hot(columns, k)[None].to(W0.dtype)  # (1, m, k)
     y, eps = F.linear(x, W0, bias), torch.finfo(W0.dtype).eps  # (1, m, d)
     if not torch.allclose(base(x).to(y), y, rtol=eps, atol=0, equal_nan=True):
         raise TypeError(f"base cannot be merged: it gives more than W0 x + bias: {base}")
     return W0, bias
 
 
-# ---- A tiny transformer, projections named as in Llama ----
+# ---- A tiny transformer, named as in Llama ----
 @dataclass
 class TinyConfig:
     vocab_size: int = 64
@@ -287,8 +287,8 @@ class TinyTransformer(nn.Module):
 
 # ---- Choosing N, Appendix B ----
 def tf_idf(texts):
-    """X (documents, terms): how often a document has a term, times how rare that is (the
-    usual smoothed idf). Each X_i has length 1."""
+    """X (documents, terms): how often a document has a term, times how rare the term is
+    (the usual smoothed idf). Each X_i has length 1."""
     number = {}  # term -> column
     columns = [number.setdefault(str(term), len(number)) for text in texts for term in text]
     rows = [row for row, text in enumerate(texts) for _ in text]
@@ -333,7 +333,7 @@ def num_heads_from_corpus(documents, max_heads=10):
     rate of decrease in SSE slows down" most; the paper has no rule. It finds domains with
     words of their own, but every curve has an elbow, also that of one domain: look at the
     SSE, and choose (Figure 8: 2 to 4). Some hundred documents are enough: 3,000 with
-    20,000 words take half a minute, which grows with their square, and with the words.
+    20,000 words take half a minute and 1 GB; time grows with documents^2 x words.
     """
     if isinstance(documents, str):
         raise TypeError("documents must be a list, got one string")
@@ -458,7 +458,7 @@ def mean_gates(model, batches):
 
     batches: a list of tensors, or of dicts of keyword arguments. Tokens with a 0 in a
     dict's attention_mask (b, t) do not count; ValueError if a layer saw other tokens.
-    **A fixed mixture can ruin the model: accuracy in train_toy.py falls from 96.4 to 41.5 %.**
+    **A fixed mixture can ruin the model: accuracy in train_toy.py falls from 96.4 to 36.7 %.**
     """
     if isinstance(batches, (torch.Tensor, Mapping)):
         raise TypeError("batches must be a list of batches")
@@ -475,10 +475,10 @@ def mean_gates(model, batches):
                 if padded and (mask.dim() != 2 or (mask < 0).any()):
                     raise ValueError("attention_mask must be (b, t), with a 0 for padding")
                 for name, w in seen:
-                    w = w.flatten(0, -2)  # (tokens, n)
+                    saw, w = list(w.shape[:-1]), w.reshape(-1, w.shape[-1])  # (tokens, n)
                     if padded:
-                        if len(w) != mask.numel():
-                            raise ValueError(f"{name} saw {len(w)} tokens, not {mask.numel()}")
+                        if saw not in ([*mask.shape], [mask.numel()]):
+                            raise ValueError(f"{name} saw {saw} tokens, not {[*mask.shape]}")
                         w = w[mask.flatten().to(w.device) != 0]
                     total[name] += w.sum(0, dtype=torch.promote_types(w.dtype, torch.float32))
                     count[name] += len(w)
@@ -502,8 +502,8 @@ def _gates_by_name(layers, gates):
 def merge_hydralora(model, gates):
     """Put layer.merge(gates) in the place of each HydraLoRA layer, or raise before any.
 
-    Returns the layers that it took out, by name. gates: one (n,) for all, or a dict of
-    all names, as from mean_gates. Zeros take the adapters out: W is W0, bit for bit.
+    Returns the layers that it took out, by name. gates: one (n,) for all, or a dict of all
+    names, as from mean_gates. Gates of zero take the adapters out: W equals W0.
     """
     layers = _adapted_layers(model)
     gates = _gates_by_name(layers, gates)
@@ -513,7 +513,7 @@ def merge_hydralora(model, gates):
 
 def unmerge_hydralora(model, layers):
     """Put back the layers that merge_hydralora returned, as they were: .half() or
-    .to(dtype) of the model in between does not reach them."""
+    .to() of the model in between does not reach them."""
     old = {}
     for name, layer in layers.items():
         merged = model.get_submodule(name)
@@ -528,7 +528,7 @@ def hydralora_state_dict(model):
     """The adapter: NAME.lora_A (r, k), NAME.lora_B (n, d, r), NAME.router.weight (n, k).
 
     Keep inject_hydralora's arguments beside it: it has no lora_alpha. Its tensors are the
-    model's own: clone them to keep a state. ValueError on meta or sharded.
+    model's own: clone them to keep a state.
     """
     state = {f"{name}.{key}": t for name, layer in _adapted_layers(model).items()
              for key, t in layer.state_dict().items() if not key.startswith("base.")}
@@ -543,7 +543,7 @@ def load_hydralora_state_dict(model, state):
     own = hydralora_state_dict(model)  # shares the parameters' memory
     fits, given = ({key: "meta" if t.is_meta else tuple(t.shape) for key, t in tensors.items()}
                    for tensors in (own, state))
-    wrong = [key for key in {**fits, **given} if fits.get(key) != given.get(key)]
+    wrong = [key for key in {**given, **fits} if fits.get(key) != given.get(key)]
     if wrong:
         raise ValueError(f"{len(wrong)} keys do not fit, first {wrong[0]}: model "
                          f"{fits.get(wrong[0])}, state {given.get(wrong[0])}")
@@ -555,7 +555,7 @@ def from_official_state_dict(state):
     """Official keys to ours: NAME.lora_A.weight, lora_B0.weight ..., lora_route.weight.
 
     PEFT's prefix may stand before them. None holds lora_alpha: inject with the run's.
-    ValueError for a key of another kind, or heads with a gap.
+    ValueError for another key, or heads with a gap.
     """
     ours, heads = {}, {}
     for key, t in state.items():
@@ -577,13 +577,13 @@ def from_official_state_dict(state):
 
 def export_lora(model, gates):
     """A plain LoRA for fixed gates, as for merge_hydralora: returns (state, config).
-
-    For PEFT's adapter_model.safetensors (or .bin) and adapter_config.json. Zeros fill all
-    up to one rank. PEFT matches the ends of names: another layer may get an adapter of
-    zeros, which changes nothing. From 0.20 on PEFT takes gate_proj, up_proj and down_proj of
-    deepseek_v3, glm4_moe, qwen3_moe and qwen3_next for the fused experts' and, with a
-    warning, loads nothing: merge there.
     **One fixed mixture can ruin the model, see mean_gates.**
+
+    For PEFT's adapter_model.safetensors (or .bin) and adapter_config.json. Lower ranks are
+    filled up with zeros. PEFT matches the ends of names: another layer may get an adapter
+    of zeros, which changes nothing. From 0.20 on PEFT takes gate_proj, up_proj and down_proj
+    of mixture-of-experts models (deepseek_v3, glm4_moe, qwen3_moe, qwen3_next ...) for the
+    fused experts' and, with a warning, loads nothing: merge there.
     """
     hydralora_state_dict(model)  # refuses adapters without values
     layers = hydralora_layers(model)
@@ -599,5 +599,5 @@ def export_lora(model, gates):
         B = F.pad(layer.scaling * B, (0, r - layer.r))  # (d, r)
         state[f"base_model.model.{name}.lora_A.weight"] = A
         state[f"base_model.model.{name}.lora_B.weight"] = B
-    # lora_alpha = r: PEFT scales by 1
-    return state, dict(peft_type="LORA", target_modules=list(layers), r=r, lora_alpha=r)
+    config = dict(peft_type="LORA", target_modules=list(layers), r=r, lora_alpha=r)
+    return state, config  # PEFT scales by lora_alpha / r = 1

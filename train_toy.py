@@ -3,9 +3,9 @@
 """Do the heads of HydraLoRA specialise, and what are the router and the shared A worth?
 
     python train_toy.py             the experiment: under a minute on a CPU
-    python train_toy.py --paper     the README's table, ten seeds: ten minutes on two cores
-    python train_toy.py --cost      time and memory of the layer: half a minute
-    python train_toy.py --tune      the learning rates, on five other seeds: an hour
+    python train_toy.py --paper     README's table, ten seeds: ten minutes on two cores
+    python train_toy.py --tune      the learning rates: an hour
+    python train_toy.py --cost      time and memory of the layer
 
 A sequence belongs to a hidden domain, and each domain has a cipher of its own:
 
@@ -13,19 +13,20 @@ A sequence belongs to a hidden domain, and each domain has a cipher of its own:
                      k f k k c k ...        to be said there: the same symbols, enciphered
 
 A transformer is pre-trained on one set of ciphers and frozen. Then adapters learn a new set.
-No label says which domain a sequence is from. All methods see the same batches.
+No label says which domain a sequence is from.
 
-The world is made for a router: the domains conflict, and each prefers its own third of the
-symbols, which the frozen model has learnt to look at. Adapters sit on the last o_proj, where
-domain and symbol come together, unless a name says where.
+The world was chosen so that heads go by domain. A router goes by what its layer's input says
+loudest. Here each domain prefers its own third of the symbols, and the first block is trained
+to fetch the symbol, so that the last attention brings the domain to o_proj, where the adapters
+sit. With --fetch 0 chance decides: on seed 30 heads go by symbol, and one LoRA does as well.
 """
 import argparse
 import copy
+import functools
 import itertools
 import json
 import multiprocessing
 import os
-import signal
 import statistics
 import sys
 import time
@@ -41,202 +42,89 @@ from hydralora import (
     HydraLoRALinear, TinyConfig, TinyTransformer, hook_gates, hydralora_layers, inject_hydralora,
     mean_gates, merge_hydralora, num_heads_from_corpus, record_gates, unmerge_hydralora)
 
-DOMAINS = 3             # hidden kinds of sequences
-SYMBOLS = 15            # 0 .. SYMBOLS - 1; the token SYMBOLS is the question mark
-PREFERENCE = 4          # how much more often a domain uses a symbol of its own third
-LENGTH = 24             # plain symbols in a sequence, and question marks
-PURITY = 0.9            # share of a data set from one domain; the rest is from any
-BATCH = 48              # sequences in a step
-PRETRAIN_STEPS = 400    # on the old ciphers, all weights
-STEPS = 400             # on the new ciphers, the adapter only
-EVALUATION = 2000       # test sequences
-RANK = 9                # r of HydraLoRA
-PRETRAINING, TRAINING, TEST = range(3)  # uses of the corpus
+DOMAINS = 3           # hidden kinds of sequences
+SYMBOLS = 15          # 0 .. SYMBOLS - 1; the token SYMBOLS is the question mark
+PREFERENCE = 4        # how much more often a domain uses a symbol of its own third
+LENGTH = 24           # plain symbols in a sequence, and question marks
+BATCH = 48            # sequences in a step
+PRETRAIN_STEPS = 400  # on the old ciphers, all weights
+STEPS = 400           # on the new ciphers, the adapter alone
+EVALUATION = 2000     # test sequences
+RANK = 9              # r of HydraLoRA: one head can hold the cipher of a domain
 MODEL = TinyConfig(
     vocab_size=SYMBOLS + 1,
     max_position_embeddings=2 * LENGTH,
     hidden_size=96,
     intermediate_size=384,
-    num_hidden_layers=2,
     num_attention_heads=8)
 
 
-# ---- The methods ----
-@dataclass
-class Method:
-    """What is trained, where in the last block, and at which rates."""
-    lr: float               # of all but A
-    lr_A: float             # of A, as a multiple of lr
-    kind: str = "HydraLoRA"     # or "whole LoRAs", or "layer": no adapter, o_proj itself
-    places: tuple = ("o_proj",)
-    n: int = DOMAINS        # heads; one head is LoRA
-    r: int = RANK
-    gates: str = "router"   # or the label that names a head: "domain", "data_set"
-    passes: int = 1         # over the training data
-
-
-def methods(n=DOMAINS):
-    """Name -> Method. Sizes are made equal by the ranks: on o_proj HydraLoRA has r (1 + n) + n
-    vectors, a LoRA 2 r, n whole LoRAs with a router 2 r n + n. The rates are the best of --tune.
-    They are larger than usual, since a run has 400 steps and B starts at zero."""
-    same = RANK * (1 + n) + n
-    whole = RANK * (1 + n) // (2 * n)
-    split = RANK * (1 + DOMAINS) // (2 * DOMAINS)  # as HydraLoRA without its router
-    mlp, q_v = ("up_proj", "down_proj"), ("q_proj", "v_proj")
-    return {
-        "LoRA, same size": Method(0.08, 0.1, n=1, r=(same + 1) // 2),
-        "o_proj itself, tuned": Method(0.08, 1, "layer"),
-        "whole LoRAs + router, same size": Method(1.28, 0.1, "whole LoRAs", n=n, r=whole),
-        "LoRA-Split by 90% pure data sets": Method(
-            1.28, 0.1, "whole LoRAs", r=split, gates="data_set"),
-        "LoRA on up_proj and down_proj": Method(0.08, 0.1, places=mlp, n=1, r=round(same / 10)),
-        "HydraLoRA": Method(1.28, 1, n=n),
-        "HydraLoRA, true gate": Method(1.28, 0.1, gates="domain"),
-        "LoRA-Split by true domain": Method(1.28, 1, "whole LoRAs", r=split, gates="domain"),
-        "whole LoRAs + router, same rank": Method(0.32, 0.1, "whole LoRAs"),
-        "LoRA of full rank, 4 passes": Method(0.08, 0.1, n=1, r=96, passes=4),
-        "LoRA on q_proj and v_proj": Method(0.08, 0.1, places=q_v, n=1, r=10),
-        "HydraLoRA on q_proj and v_proj": Method(0.08, 0.1, places=q_v, r=4)}
-
-
-class FixedGates(nn.Module):
-    """In the router's place: gates that the caller sets before each call."""
-    gates = None  # (b, 1, n)
-
-    def forward(self, x):
-        return self.gates.to(x).expand(*x.shape[:-1], -1)  # (b, t, n)
-
-
-def give_labels(top, labels):
-    """Set the gates so that each sequence has the head of its label: labels (b,)."""
-    top.block.o_proj.router.gates = F.one_hot(labels, DOMAINS)[:, None]
-
-
-class WholeLoRAs(nn.Module):
-    """sum_i w_i B_i A_i x, made from a HydraLoRA layer, whose A all A_i start from. With a router
-    it is the paper's LoRA MoE (Eqs. 5 and 6), with labels its LoRA-Split."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.base, self.router, self.scaling = layer.base, layer.router, layer.scaling
-        self.lora_A = nn.Parameter(layer.lora_A.detach().repeat(layer.num_heads, 1, 1))
-        self.lora_B = layer.lora_B  # (n, d, r); lora_A (n, r, k)
-
-    def forward(self, x):
-        w = self.router(x)  # (b, t, n)
-        z = torch.einsum("btk,nrk->btnr", x, self.lora_A)
-        wz = w.unsqueeze(-1) * z * self.scaling  # (b, t, n, r)
-        return self.base(x) + torch.einsum("btnr,ndr->btd", wz, self.lora_B)
-
-
-def adapt(top, seed, method):
-    """A copy of `top` with what the method trains. Methods of one rank start from one A."""
-    top = copy.deepcopy(top)
-    if method.kind == "layer":
-        top.block.o_proj.requires_grad_(True)
-        return top
-    inject_hydralora(
-        top, method.places, num_heads=method.n, r=method.r, lora_alpha=2 * method.r)
-    torch.manual_seed(seed)
-    for layer in hydralora_layers(top).values():
-        layer.reset_parameters()
-        if method.n == 1:
-            layer.router.requires_grad_(False)  # the gate of one head is 1
-        if method.gates != "router":
-            layer.router = FixedGates()
-    if method.kind == "whole LoRAs":
-        top.block.o_proj = WholeLoRAs(top.block.o_proj)
-    return top
-
-
-class Top(nn.Module):
-    """The last block and lm_head, at the question marks alone: h (b, 2 LENGTH, width) -> logits
-    (b, LENGTH, vocabulary). x is what o_proj reads, computed once, if the attention is frozen."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.block, self.norm, self.lm_head = model.layers[-1], model.norm, model.lm_head
-
-    def attention(self, h):
-        return self.block.attention(h)[:, LENGTH:]  # (b, LENGTH, width)
-
-    def forward(self, h, x=None):
-        if x is None or isinstance(self.block.q_proj, HydraLoRALinear):
-            x = self.attention(h)  # (b, LENGTH, width)
-        h = h[:, LENGTH:] + self.block.o_proj(x)
-        h = h + self.block.down_proj(F.gelu(self.block.up_proj(self.block.mlp_norm(h))))
-        return self.lm_head(self.norm(h))  # (b, LENGTH, vocabulary)
-
-
-# ---- Training and evaluation ----
-def train(model, inputs, targets, lr, what, lr_A=1, labels=None, passes=1):
-    """AdamW on OneCycle, cross-entropy. Each step takes the next BATCH of the inputs, each
-    (count, ...), targets (count, positions) and labels (count,), if there are any."""
-    groups = [dict(params=[p], lr=lr * lr_A if name.endswith("lora_A") else lr)
-              for name, p in model.named_parameters() if p.requires_grad]
-    steps, rates = passes * len(targets) // BATCH, [group["lr"] for group in groups]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0)  # 0.999 is slow
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps)
-    for step in range(steps):
-        first = step * BATCH % len(targets)
-        batch = slice(first, first + BATCH)
-        if labels is not None:
-            give_labels(model, labels[batch])
-        logits = model(*[t[batch] for t in inputs])  # (BATCH, positions, classes)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets[batch].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    print(f"{what}: loss {loss:.3f}", file=sys.stderr)
-
-
+# ---- The world: a corpus, and a frozen model that knows its old ciphers ----
 class World:
-    """What the methods of one seed share: the corpus, the frozen model and the data."""
+    """What the methods of one seed share; all see the same batches."""
 
-    def __init__(self, seed, device):
+    def __init__(self, seed, device, fetch=1.0):
         self.seed, self.device = seed, device
         own = torch.arange(SYMBOLS) % DOMAINS == torch.arange(DOMAINS)[:, None]
         self.frequencies = F.normalize(torch.where(own, PREFERENCE, 1.0), p=1)
         chance = torch.Generator().manual_seed(seed)
         ciphers = [torch.randperm(SYMBOLS, generator=chance) for _ in range(2 * DOMAINS)]
-        self.old = torch.stack(ciphers[:DOMAINS])  # (domains, symbols), as the frequencies
-        self.new = torch.stack(ciphers[DOMAINS:])
+        self.old, self.new = torch.stack(ciphers).split(DOMAINS)  # (domains, symbols) each
         torch.manual_seed(seed)
-        model = TinyTransformer(MODEL).to(device)
-        self.top, self.bottom = Top(model), model
-        self.bottom.layers = model.layers[:-1]  # tokens -> h
-        self.bottom.norm = self.bottom.lm_head = nn.Identity()
-        both = nn.Sequential(self.bottom, self.top)
-        tokens, targets, _, _ = self.sample(PRETRAIN_STEPS * BATCH, PRETRAINING, self.old)
-        train(both, [tokens], targets, 3e-3, "pre-training")
-        both.requires_grad_(False)
-        self.training = self.data(STEPS * BATCH, TRAINING)
-        self.test = self.data(EVALUATION, TEST)
+        self.model = TinyTransformer(MODEL).to(device)
+        self.top = Top(self.model)
+        self.pretrain(fetch)
+        self.training = self.data(STEPS * BATCH, use=1)
+        self.test = self.data(EVALUATION, use=2)
 
-    def sample(self, count, use, ciphers):
-        """tokens (count, 2 LENGTH), targets (count, LENGTH), domain and data set (count,)."""
+    def sample(self, count, use):
+        """tokens (count, 2 LENGTH), targets (count, LENGTH), domain and data_set (count,).
+        use: 0 pre-training (old ciphers), 1 training, 2 test. A tenth have a data set at
+        random, the others that of their domain."""
         chance = torch.Generator().manual_seed(1000 * self.seed + use)
         domain, any_domain = torch.randint(DOMAINS, (2, count), generator=chance)
-        pure = torch.rand(count, generator=chance) < PURITY
         plain = torch.multinomial(
             self.frequencies[domain], LENGTH, replacement=True, generator=chance)
         tokens = F.pad(plain, (0, LENGTH), value=SYMBOLS)
-        targets = ciphers[domain[:, None], plain]
-        data_set = torch.where(pure, domain, any_domain)
-        return [t.to(self.device) for t in (tokens, targets, domain, data_set)]
+        targets = (self.new if use else self.old)[domain[:, None], plain]
+        mixed = torch.rand(count, generator=chance) < 0.1
+        data_set = torch.where(mixed, any_domain, domain)
+        data = dict(tokens=tokens, targets=targets, domain=domain, data_set=data_set)
+        return SimpleNamespace(**{name: t.to(self.device) for name, t in data.items()})
+
+    def below(self, tokens):
+        """What the last block reads: h (b, 2 LENGTH, width)."""
+        h = self.model.embed(tokens)
+        for layer in self.model.layers[:-1]:
+            h = layer(h)
+        return h
+
+    def pretrain(self, fetch):
+        """fetch: the weight of a second loss: the first block has to say the plain symbol."""
+        data = self.sample(PRETRAIN_STEPS * BATCH, use=0)
+
+        def loss_of(batch):
+            h = self.below(data.tokens[batch])
+            said = self.model.lm_head(self.model.norm(h[:, LENGTH:]))  # after one block
+            loss = (cross_entropy(self.top(h), data.targets[batch])
+                    + fetch * cross_entropy(said, data.tokens[batch, :LENGTH]))
+            if batch.start % (100 * BATCH) == 0:
+                print(f"   pre-training, step {batch.start // BATCH}: both losses {loss:.2f}")
+            return loss
+
+        train(loss_of, [dict(params=self.model.parameters(), lr=3e-3)], PRETRAIN_STEPS)
+        self.model.requires_grad_(False)
 
     @torch.no_grad()
     def data(self, count, use):
-        """Sequences with new ciphers, and what Top reads there, computed once."""
-        tokens, targets, domain, data_set = self.sample(count, use, self.new)
-        h = torch.cat([self.bottom(part) for part in tokens.split(BATCH)])
-        x = torch.cat([self.top.attention(part) for part in h.split(BATCH)])
-        return SimpleNamespace(
-            tokens=tokens, targets=targets, domain=domain, data_set=data_set, h=h, x=x)
+        """Sequences with new ciphers, and h and x of the frozen model, computed once."""
+        data = self.sample(count, use)
+        data.h = torch.cat([self.below(part) for part in data.tokens.split(BATCH)])
+        data.x = torch.cat([self.top.attention(part) for part in data.h.split(BATCH)])
+        return data
 
     def bayes_accuracy(self, data):
-        """The limit without labels, in percent: the best guess by all frequencies and ciphers."""
+        """The limit without labels: the best guess by all frequencies."""
         plain = data.tokens[:, :LENGTH].cpu()
         posterior = self.frequencies.log()[:, plain].sum(2).softmax(0)  # (domains, count)
         answers = F.one_hot(self.new[:, plain], SYMBOLS).float()  # of each domain
@@ -244,12 +132,40 @@ class World:
         return accuracy(votes.to(self.device), data).mean().item()
 
 
-@torch.no_grad()
-def predict(top, data, labels=None):
-    """The logits of a whole set: (count, LENGTH, vocabulary)."""
-    if labels is not None:
-        give_labels(top, labels)
-    return top(data.h, data.x)
+class Top(nn.Module):
+    """The last block and lm_head, at the question marks alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.block, self.norm, self.lm_head = model.layers[-1], model.norm, model.lm_head
+
+    def attention(self, h):
+        """x, what o_proj reads: h (b, 2 LENGTH, width) -> (b, LENGTH, width)."""
+        return self.block.attention(h)[:, LENGTH:]
+
+    def forward(self, h, x=None):
+        """h, and x if it is known -> logits (b, LENGTH, vocabulary)."""
+        if x is None or isinstance(self.block.q_proj, HydraLoRALinear):
+            x = self.attention(h)
+        h = self.block.feed_forward(h[:, LENGTH:] + self.block.o_proj(x))
+        return self.lm_head(self.norm(h))
+
+
+def cross_entropy(logits, targets):
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def train(loss_of, groups, steps):
+    """Adam on OneCycle, which moves beta1 too. Each step takes the next batch."""
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in groups], total_steps=steps)
+    for step in range(steps):
+        loss = loss_of(slice(step * BATCH, (step + 1) * BATCH))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
 
 
 def accuracy(logits, data):
@@ -262,27 +178,115 @@ def by_domain(values, domain):
     return torch.stack([values[domain == t].mean(0) for t in range(DOMAINS)])
 
 
-def fine_tune(world, name, method):
+# ---- The methods ----
+@dataclass
+class Method:
+    """What is trained, where in the last block, and at which rates."""
+    lr: float         # of all but A
+    factor: float     # A's rate is so many times lr
+    n: int = 1        # heads; one head is LoRA
+    r: int = RANK
+    kind: str = ""    # "whole": an A for each head; "layer": no adapter, o_proj itself
+    labels: str = ""  # "data set" or "domain": what names the head in training
+    places: tuple = ("o_proj",)
+
+
+def methods(n=DOMAINS, fetch=1.0):
+    """Name -> Method. Ranks make the sizes equal: on o_proj HydraLoRA has r (1 + n) + n
+    vectors, a LoRA 2 r, n whole LoRAs with a router 2 r n + n. The rates are the best of
+    --tune, but HydraLoRA's, where 1.28 gains 0.2. Without fetch two need lower ones."""
+    same = (RANK * (1 + n) + n + 1) // 2
+    whole = RANK * (1 + n) // (2 * n)
+    split = RANK * (1 + DOMAINS) // (2 * DOMAINS)  # as HydraLoRA without its router
+    mlp, q_v = ("down_proj",), ("q_proj", "v_proj")
+    return {
+        "LoRA": Method(*((1.28, 0.01) if fetch else (0.08, 0.1)), r=same),
+        "o_proj itself": Method(0.32 if fetch else 0.08, 1, kind="layer"),
+        "LoRA MoE": Method(1.28, 0.1, n, whole, "whole"),
+        "LoRA MoE, same rank": Method(1.28, 0.1, n, RANK, "whole"),
+        "LoRA on down_proj": Method(0.08, 1, r=8, places=mlp),
+        "HydraLoRA on down_proj": Method(0.08, 1, n, 4, places=mlp),
+        "LoRA on q_proj, v_proj": Method(0.08, 0.1, r=10, places=q_v),
+        "HydraLoRA on q_proj, v_proj": Method(0.08, 0.1, n, 4, places=q_v),
+        "LoRA-Split, data sets": Method(1.28, 1, DOMAINS, split, "whole", "data set"),
+        "LoRA-Split, domains": Method(1.28, 0.1, DOMAINS, split, "whole", "domain"),
+        "HydraLoRA": Method(0.32, 1, n)}
+
+
+class WholeLoRAs(nn.Module):
+    """sum_i w_i B_i A_i x, from a HydraLoRA layer, whose A all A_i start from: with its router
+    the paper's LoRA MoE (Eqs. 5 and 6), with labels LoRA-Split."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base, self.router, self.scaling = layer.base, layer.router, layer.scaling
+        self.lora_A = nn.Parameter(layer.lora_A.detach().repeat(layer.num_heads, 1, 1))
+        self.lora_B = layer.lora_B  # (n, d, r); lora_A (n, r, k)
+
+    def forward(self, x):
+        w = self.router(x)  # (b, t, n), with labels (b, 1, n)
+        z = torch.einsum("btk,nrk->btnr", x, self.lora_A)
+        wz = w.unsqueeze(-1) * z * self.scaling  # (b, t, n, r)
+        return self.base(x) + torch.einsum("btnr,ndr->btd", wz, self.lora_B)
+
+
+class Labels(nn.Module):
+    """In the router's place: a sequence has the head of its label."""
+    labels = None  # (b,), set before each call
+
+    def forward(self, x):
+        return F.one_hot(self.labels, DOMAINS).to(x)[:, None]  # (b, 1, n)
+
+
+def adapt(top, seed, method):
+    """A copy of `top` with what the method trains. Methods of one rank start from one A."""
+    top = copy.deepcopy(top)
+    if method.kind == "layer":
+        top.block.o_proj.requires_grad_(True)
+        return top
+    inject_hydralora(
+        top, method.places, num_heads=method.n, r=method.r, lora_alpha=2 * method.r)
+    torch.manual_seed(seed + 1)  # not the numbers that the model started from
+    for layer in hydralora_layers(top).values():
+        layer.reset_parameters()
+        if method.n == 1:
+            layer.router.requires_grad_(False)  # the gate of one head is 1
+    if method.labels:
+        top.block.o_proj.router = Labels()
+    if method.kind == "whole":
+        top.block.o_proj = WholeLoRAs(top.block.o_proj)
+    return top
+
+
+def fine_tune(world, method):
     """Adapt the world's model by one method -> (top, what was measured)."""
     data, test = world.training, world.test
     top = adapt(world.top, world.seed, method)
-    labels = getattr(data, method.gates, None)
-    train(top, [data.h, data.x], data.targets, method.lr, name,
-          lr_A=method.lr_A, labels=labels, passes=method.passes)
-    right = accuracy(predict(top, test, getattr(test, method.gates, None)), test)  # (count,)
-    size = sum(p.numel() for p in top.parameters() if p.requires_grad)
-    return top, dict(size=size, accuracy=right.mean().item(),
+    labels = data.domain if method.labels == "domain" else data.data_set
+
+    def loss_of(batch):
+        if method.labels:
+            top.block.o_proj.router.labels = labels[batch]
+        return cross_entropy(top(data.h[batch], data.x[batch]), data.targets[batch])
+
+    trained = {name: p for name, p in top.named_parameters() if p.requires_grad}
+    train(loss_of, [
+        dict(params=[p], lr=method.lr * (method.factor if name.endswith("lora_A") else 1))
+        for name, p in trained.items()], STEPS)
+    if method.labels:  # in the test the true domain chooses
+        top.block.o_proj.router.labels = test.domain
+    right = accuracy(predict(top, test), test)  # (count,)
+    return top, dict(size=sum(p.numel() for p in trained.values()), accuracy=right.mean().item(),
                      by_domain=by_domain(right, test.domain).tolist())
 
 
+@torch.no_grad()
+def predict(top, data):
+    """The logits of a whole set: (count, LENGTH, vocabulary)."""
+    return top(data.h, data.x)
+
+
 # ---- A look at the heads, and merging ----
-PLACE = "last o_proj"
-WHAT_THEY_ARE = {
-    "router": "HydraLoRA's own",
-    "symbol alone": "those that a router which sorts symbols alone would give",
-    "shuffled labels": "HydraLoRA's own, but with the domains of other sequences"}
-
-
 def gates_of(top, data):
     """w for each enciphered symbol: (count, LENGTH, n)."""
     with record_gates(top) as gates:
@@ -290,229 +294,197 @@ def gates_of(top, data):
     return gates["block.o_proj"]
 
 
-def entropy(p):
-    return -torch.xlogy(p, p).sum().item()
-
-
 def nmi(w, domain):
-    """2 I(domain; head) / (H(domain) + H(head)), where each token draws its head from its gates.
-    0: the gates say nothing of the domain. 1: one head for each domain, with certainty."""
+    """Normalised mutual information, 2 I(domain; head) / (H(domain) + H(head)), where each
+    token draws its head from its gates w (count, LENGTH, n)."""
     share = torch.bincount(domain, minlength=DOMAINS) / len(domain)  # (domains,)
     joint = share[:, None] * by_domain(w.mean(1), domain)  # (domains, n)
-    of_domain, of_head = entropy(joint.sum(1)), entropy(joint.sum(0))
-    return 2 * (of_domain + of_head - entropy(joint)) / (of_domain + of_head)
+    of_domain, of_head, of_both = (
+        torch.special.entr(p).sum().item() for p in (joint.sum(1), joint.sum(0), joint))
+    return 2 * (of_domain + of_head - of_both) / (of_domain + of_head)
 
 
-def symbol_alone(w, data):
-    """The gates of a router that sorts symbols alone: w, averaged over the tokens of a symbol."""
+def averaged_by_symbol(w, data):
+    """What of the gates the symbols explain: w, averaged over the tokens of a symbol."""
     plain = data.tokens[:, :LENGTH]
-    which = F.one_hot(plain, SYMBOLS).to(w)  # (count, LENGTH, symbols)
-    total = torch.einsum("cls,cln->sn", which, w)  # (symbols, n)
-    mean = total / which.sum((0, 1))[:, None]
+    mean = torch.stack([w[plain == symbol].mean(0) for symbol in range(SYMBOLS)])
     return mean[plain]  # (count, LENGTH, n)
+
+
+def said_by_input(data):
+    """The shares of domain, symbol, and only both together in the variance of the means of
+    x over the tokens of each domain and symbol."""
+    plain, domain = data.tokens[:, :LENGTH], data.domain[:, None]
+    mean = torch.stack([
+        torch.stack([data.x[(domain == t) & (plain == s)].mean(0) for s in range(SYMBOLS)])
+        for t in range(DOMAINS)])  # (domains, symbols, width)
+    mean = mean - mean.mean((0, 1))
+    parts = dict(domain=mean.mean(1, keepdim=True), symbol=mean.mean(0, keepdim=True))
+    parts["both"] = mean - parts["domain"] - parts["symbol"]
+    return {name: (part.expand_as(mean).square().sum() / mean.square().sum()).item()
+            for name, part in parts.items()}
 
 
 def knock_out(top, data):
     """Points of accuracy that each domain loses without one of the heads: (domains, n)."""
-    def right_by_domain():
-        return by_domain(accuracy(predict(top, data), data), data.domain)
-
-    n = top.block.o_proj.num_heads
-    with_all, lost = right_by_domain(), []
-    for head in range(n):
-        def without_it(name, w):
-            rest = w * (torch.arange(n, device=w.device) != head)
-            return F.normalize(rest, p=1, dim=-1)  # the others sum to 1 again
-        with hook_gates(top, without_it):
-            lost.append(with_all - right_by_domain())
-    return torch.stack(lost, dim=1)
+    n, right = top.block.o_proj.num_heads, []
+    for kept in torch.cat([torch.ones(1, n), 1 - torch.eye(n)]).to(data.x):
+        with hook_gates(top, lambda name, w: w * kept):
+            right.append(by_domain(accuracy(predict(top, data), data), data.domain))
+    with_all, *without_one = right
+    return with_all[:, None] - torch.stack(without_one, dim=1)
 
 
-def specialisation(top, world):
-    """Whether the heads go by domain, and the controls for that."""
-    w, domain = gates_of(top, world.test), world.test.domain
-    scores = {"router": nmi(w, domain),
-              "symbol alone": nmi(symbol_alone(w, world.test), domain),
-              "shuffled labels": nmi(w, domain.roll(1))}
-    return dict(layers={PLACE: scores}, lost=knock_out(top, world.test).tolist(),
-                gates=by_domain(w.mean(1), domain).tolist())
+def merged_accuracy(top, world, chosen):
+    """Accuracy of each test sequence, merged for the mean gates of training ones."""
+    h, x = (t[:1000][chosen[:1000]] for t in (world.training.h, world.training.x))
+    gates = mean_gates(top, [dict(h=h, x=x)])
+    layers = merge_hydralora(top, gates)
+    right = accuracy(predict(top, world.test), world.test)  # (count,)
+    unmerge_hydralora(top, layers)
+    return right
 
 
-def merging(top, world):
-    """Accuracy after merging for mean gates: of a sequence's own domain, and of all."""
-    test, training = world.test, world.training
-
-    def merged_for(chosen):  # training sequences
-        gates = mean_gates(top, [dict(h=training.h[chosen], x=training.x[chosen])])
-        layers = merge_hydralora(top, gates)
-        right = accuracy(predict(top, test), test)  # (count,)
-        unmerge_hydralora(top, layers)
-        return right
-
-    first = torch.arange(len(training.domain), device=world.device) < 1000
-    known = [merged_for(first & (training.domain == t))[test.domain == t] for t in range(DOMAINS)]
-    return {"mean gates of the sequence's domain": torch.cat(known).mean().item(),
-            "mean gates of all": merged_for(first).mean().item()}
+# ---- The experiment, told as it runs ----
+MAIN_RUN = ["LoRA", "o_proj itself", "LoRA MoE", "LoRA on down_proj", "HydraLoRA"]
 
 
-# ---- The main run ----
-MAIN_RUN = list(methods())[:6]
-SPLIT = "LoRA-Split by true domain"
+def experiment(seed, device, names, heads=None, fetch=1.0):
+    """Prints what comes out, and returns it as a dict."""
+    print(f"HydraLoRA on {DOMAINS} hidden domains: seed {seed}, fetch {fetch:g}, {device}")
+    print("   Each domain enciphers symbols in its own way, and no label tells the domain.")
+    print("   A transformer learns old ciphers and is frozen; then adapters learn new ones.\n")
+    world = World(seed, device, fetch)
+    test, domain = world.test, world.test.domain
 
-
-def verdict(scores, gain):
-    """What --check asks: heads that go by domain, more than symbols explain, and a gain."""
-    specialised = (scores["router"] >= 0.5
-                   and scores["router"] >= scores["symbol alone"] + 0.2
-                   and scores["shuffled labels"] <= 0.02)
-    return dict(specialised=specialised, passed=specialised and gain > 0)
-
-
-def cosine(matrices):
-    """The mean cosine of each matrix and the next."""
-    flat = matrices.flatten(1)
-    return F.cosine_similarity(flat, flat.roll(1, 0)).mean().item()
-
-
-def measure(seed, device, heads, names):
-    """All that is measured on one seed, as a dict."""
-    world, tops, results = World(seed, device), {}, {}
-    found, sse = num_heads_from_corpus(world.training.tokens[:600].tolist())
+    found, sse = num_heads_from_corpus(world.training.tokens[:600, :LENGTH].tolist())
     n = heads or found
+    print(f"\n1. How many heads? k-means on 600 sequences: n = {found}; used: {n}")
+    print("   SSE of 1, 2, ... centres:", *map(round, sse))
+
+    print("\n2. Percent of the enciphered symbols that are right, with the new ciphers")
+    print("   On the last o_proj, unless a name says where. LoRA MoE has an A for each head.\n")
+    tops, results = {}, {}
     for name in names:
-        tops[name], results[name] = fine_tune(world, name, methods(n)[name])
-    if SPLIT in names:
-        layer = tops[SPLIT].block.o_proj
-        results[SPLIT]["cosines"] = [cosine(layer.lora_A), cosine(layer.lora_B)]
-    special = specialisation(tops["HydraLoRA"], world)
-    gain = results["HydraLoRA"]["accuracy"] - results["LoRA, same size"]["accuracy"]
+        tops[name], results[name] = fine_tune(world, methods(n, fetch)[name])
+        print("   {:28}{size:6,} parameters {accuracy:6.1f}".format(name, **results[name]))
+    bayes = world.bayes_accuracy(test)
+    print(f"   The limit without labels: {bayes:.1f}")
+
+    top = tops["HydraLoRA"]
+    said, w = said_by_input(test), gates_of(top, test)
+    print("\n3. Do the heads, the matrices B_i, go by domain? What the layer reads differs by")
+    print("  ", ", ".join(f"{name}: {100 * share:.0f} %" for name, share in said.items()),
+          "(of the variance of its means over each domain and symbol).")
+    print("   A sequence of each domain, and the head with the largest gate at each symbol:\n")
+    for t in range(DOMAINS):
+        first = domain.tolist().index(t)
+        print(f"   domain {t}  ", *(chr(97 + i) for i in test.tokens[first, :LENGTH]))
+        print("   head      ", *w[first].argmax(-1).tolist())
+    print("\n   Mean gate of each head, and points of accuracy that are lost without it:\n")
+    gates, lost = by_domain(w.mean(1), domain), knock_out(top, test)
+    for t in range(DOMAINS):
+        print(f"   domain {t}", *(f"| {gate:.2f} {points:5.1f} "
+                                  for gate, points in zip(gates[t], lost[t])))
+    by_symbol = averaged_by_symbol(w, test)
+    scores = dict(router=nmi(w, domain), symbols=nmi(by_symbol, domain))
+    print("\n   NMI, how much a head says of the domain, from 0, nothing, to 1, a head each:")
+    print(f"   {scores['router']:.2f}; what symbols explain of it: {scores['symbols']:.2f}")
+
+    known = [merged_accuracy(top, world, world.training.domain == t)[domain == t]
+             for t in range(DOMAINS)]
+    merged = dict(known=torch.cat(known).mean().item(),
+                  all=merged_accuracy(top, world, world.training.domain >= 0).mean().item())
+    print("\n4. Merged into one plain layer for the sequence's domain, told by a label: "
+          f"{merged['known']:.1f}; for all: {merged['all']:.1f}\n")
+
+    gain = results["HydraLoRA"]["accuracy"] - results["LoRA"]["accuracy"]
+    checks = {"NMI is 0.5 or more": scores["router"] >= 0.5,
+              "symbols explain 0.2 less of it": scores["symbols"] <= scores["router"] - 0.2,
+              "HydraLoRA is ahead of LoRA": gain > 0}
+    if all([*checks.values()][:2]):
+        print("The heads go by domain.")
+    else:
+        explained = (by_symbol.var((0, 1)).sum() / w.var((0, 1)).sum()).nan_to_num()
+        print(f"The heads do not go by domain: {DOMAINS} domains have "
+              f"{len(gates.argmax(1).unique())} main heads,\n"
+              f"and the symbol explains {100 * explained:.0f} % of the gates.")
+    for name in ("LoRA", "LoRA MoE", "LoRA on down_proj"):
+        points = results["HydraLoRA"]["accuracy"] - results[name]["accuracy"]
+        print(f"HydraLoRA is {abs(points):.1f} points {'ahead of' if points > 0 else 'behind'} "
+              f"{name}.")
     return dict(
-        seed=seed, device=device, heads_found=found, num_heads=n, sse=sse, methods=results,
-        bayes=world.bayes_accuracy(world.test), gain=gain, specialisation=special,
-        merging=merging(tops["HydraLoRA"], world), **verdict(special["layers"][PLACE], gain))
-
-
-def two(number):
-    return f"{number:.2f}"
-
-
-def table(header, rows):
-    """Markdown whose columns line up."""
-    rows = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * width for width in widths])
-    for row in rows:
-        print("|", " | ".join(map(str.ljust, row, widths)), "|")
-    print()
-
-
-def show_rows(rows):
-    table(rows[0], [row.values() for row in rows])
-
-
-def show(m):
-    """The main run's measurements in four sections."""
-    special = m["specialisation"]
-    domains = [f"domain {t}" for t in range(DOMAINS)]
-    heads = [f"head {i}" for i in range(m["num_heads"])]
-    print(f"HydraLoRA on {DOMAINS} hidden domains: seed {m['seed']}, {m['device']}")
-    print("\n1. How many heads? k-means on 600 sequences, no labels: "
-          f"n = {m['heads_found']}; used: {m['num_heads']}")
-    print("   SSE of 1, 2, ... centres:", *map(round, m["sse"]))
-    print("\n2. Accuracy on the enciphered symbols after fine-tuning on new ciphers, in percent\n")
-    table(["method", "parameters", "accuracy", *domains], [
-        [name, f"{of['size']:,}", two(of["accuracy"]), *map(two, of["by_domain"])]
-        for name, of in m["methods"].items()])
-    print(f"   On the last o_proj, which has {MODEL.hidden_size ** 2:,} weights, "
-          "unless a name says where.")
-    print(f"   The limit without labels (Bayes) is {two(m['bayes'])}.")
-    print("\n3. Do the heads go by domain? NMI of domain and head: 0, not at all; 1, a head each\n")
-    table(["gates", "NMI", "what they are"], [
-        [gates, f"{score:.3f}", WHAT_THEY_ARE[gates]]
-        for gates, score in special["layers"][PLACE].items()])
-    table(["mean gates", *heads], [
-        [domain, *(f"{two(w)} {'#' * round(10 * w)}" for w in row)]
-        for domain, row in zip(domains, special["gates"])])
-    table(["points lost without", *heads], [
-        [domain, *map(two, row)] for domain, row in zip(domains, special["lost"])])
-    print("4. Accuracy after merging into one plain linear layer\n")
-    table(["merged for", "accuracy"], [[way, two(of)] for way, of in m["merging"].items()])
-    print("The heads go by domain." if m["specialised"] else "The heads do not go by domain alone.")
-    print(f"HydraLoRA is {m['gain']:+.2f} points from the LoRA of its size in the same place.")
+        seed=seed, fetch=fetch, device=device, heads_found=found, num_heads=n, sse=sse, bayes=bayes,
+        input=said, methods=results, nmi=scores, gates=gates.tolist(), lost=lost.tolist(),
+        merged=merged, gain=gain, checks=checks, passed=all(checks.values()))
 
 
 # ---- --paper and --tune: all methods on several seeds ----
-TUNING_SEEDS, REPORTED_SEEDS = range(5), range(30, 40)
-RATES, RATES_OF_A = (0.005, 0.02, 0.08, 0.32, 1.28), (1, 0.1, 0.01)
-OURS = {"LoRA on q_proj and v_proj": "HydraLoRA on q_proj and v_proj"}  # else HydraLoRA
+TUNING_SEEDS = range(5)
+REPORTED_SEEDS = range(40, 50)  # no choice was made on them
+RATES, FACTORS = (0.005, 0.02, 0.08, 0.32, 1.28), (1, 0.1, 0.01)
+
+
+def paper_seed(seed, device):
+    return experiment(seed, device, list(methods()), DOMAINS)
 
 
 def tune_seed(seed, device):
-    """All methods on one seed: name -> (lr, lr_A) -> accuracy."""
     world, results = World(seed, device), {}
-    for name, method in methods().items():
-        results[name] = {}
-        for lr, lr_A in itertools.product(RATES, RATES_OF_A):
-            top, result = fine_tune(world, name, replace(method, lr=lr, lr_A=lr_A))
-            results[name][lr, lr_A] = result["accuracy"]
+    for (name, method), factor, lr in itertools.product(methods().items(), FACTORS, RATES):
+        _, measured = fine_tune(world, replace(method, lr=lr, factor=factor))
+        results[name, factor, lr] = measured["accuracy"]
     return results
 
 
 def start_process():
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent alone
+    sys.stdout = None  # an experiment speaks where it is alone
 
 
-def all_seeds(function, seeds, *arguments):
-    """function(seed, *arguments) of each seed, from as many processes as cores."""
+def all_seeds(function, seeds, device):
+    """function(seed, device) of each seed, in as many processes as cores."""
+    results = []
     with multiprocessing.get_context("spawn").Pool(os.cpu_count(), start_process) as pool:
-        return pool.starmap(function, [(seed, *arguments) for seed in seeds], chunksize=1)
+        for result in pool.imap(functools.partial(function, device=device), seeds):
+            results.append(result)
+            print(f"{len(results)} of {len(seeds)} seeds", file=sys.stderr)
+    return results
 
 
 def tune(device):
-    """Rows of mean accuracies."""
-    seeds, rows = all_seeds(tune_seed, TUNING_SEEDS, device), []
-    for name in methods():
-        for lr_A in RATES_OF_A:
-            rows.append({"method": name, "rate of A": f"x{lr_A}"})
-            for lr in RATES:
-                mean = statistics.mean(seed[name][lr, lr_A] for seed in seeds)
-                rows[-1][f"lr {lr}"] = two(mean)
-    return rows
+    seeds = all_seeds(tune_seed, TUNING_SEEDS, device)
+    for name, factor in itertools.product(methods(), FACTORS):
+        means = [statistics.mean(seed[name, factor, lr] for seed in seeds) for lr in RATES]
+        print(f"{name:28} A x{factor:<5}", *(f"{lr}: {mean:.2f}" for lr, mean in zip(RATES, means)))
 
 
 def spread(values, sign=""):
-    return f"{statistics.mean(values):{sign}.2f} +- {statistics.stdev(values):.2f}"
+    deviation = statistics.stdev(values)
+    digits = 1 if deviation >= 0.5 else 2
+    return f"{statistics.mean(values):{sign}.{digits}f} +- {deviation:.{digits}f}"
 
 
-def show_paper(seeds):
-    """Markdown, as it stands in README.md."""
-    def of(name, key="accuracy"):
-        return [seed["methods"][name][key] for seed in seeds]
-
-    rows = []
-    for name in methods():
-        if name not in ("HydraLoRA", *OURS.values()):
-            ours = OURS.get(name, "HydraLoRA")
-            ahead = [a - b for a, b in zip(of(ours), of(name))]  # on the same seed
-            rows.append([
-                name, f"{of(name, 'size')[0]:,}:{of(ours, 'size')[0]:,}",
-                two(statistics.mean(of(name))), spread(ahead, "+"),
-                f"{sum(a > 0 for a in ahead)}/{len(ahead)}"])
-    table(["HydraLoRA against", "parameters, its:ours", "accuracy", "ahead by +- std",
-           "seeds ahead"], rows)
-    lines = {name: of(name) for name in methods()}
-    lines["Bayes"] = [seed["bayes"] for seed in seeds]
-    for way in seeds[0]["merging"]:
-        lines[f"HydraLoRA merged for {way}"] = [seed["merging"][way] for seed in seeds]
-    for gates in ("router", "symbol alone"):
-        layers = [seed["specialisation"]["layers"] for seed in seeds]
-        lines[f"NMI of domain and head, {gates}"] = [layer[PLACE][gates] for layer in layers]
-    for i, matrix in enumerate("AB"):
-        lines[f"{SPLIT}, all from one A: cosine of two {matrix}"] = [
-            cosines[i] for cosines in of(SPLIT, "cosines")]
+def paper(device):
+    """Prints Markdown for README.md, returns what was measured."""
+    seeds = all_seeds(paper_seed, REPORTED_SEEDS, device)
+    right = {name: [seed["methods"][name]["accuracy"] for seed in seeds] for name in methods()}
+    print("| HydraLoRA against | parameters, its:ours | accuracy | ahead by +- std | seeds ahead |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, its in right.items():
+        if not name.startswith("HydraLoRA"):
+            ours = f"Hydra{name}" if f"Hydra{name}" in right else "HydraLoRA"
+            size, our_size = (seeds[0]["methods"][key]["size"] for key in (name, ours))
+            ahead = [a - b for a, b in zip(right[ours], its)]  # on the same seed
+            print(f"| {name} | {size:,}:{our_size:,} | {statistics.mean(its):.1f} "
+                  f"| {spread(ahead, '+')} | {sum(a > 0 for a in ahead)}/{len(ahead)} |")
+    lines = dict(right)
+    for what, key in (("merged", "known"), ("merged", "all"), ("nmi", "router"),
+                      ("nmi", "symbols"), ("input", "domain")):
+        lines[f"{what}, {key}"] = [seed[what][key] for seed in seeds]
     for what, values in lines.items():
-        print(f"- {what}: {spread(values)}; by seed", *map(two, values))
+        print(f"- {what}: {spread(values)}, from {min(values):.2f} to {max(values):.2f}")
+    return seeds
 
 
 # ---- --cost ----
@@ -526,7 +498,7 @@ def loop_over_heads(layer, x):
 
 
 def saved_bytes(function, x, inputs):
-    """Bytes that autograd keeps for backward, without the inputs themselves."""
+    """Bytes that autograd keeps for backward, beside the inputs."""
     kept = {}  # address -> bytes
 
     def pack(t):
@@ -540,94 +512,85 @@ def saved_bytes(function, x, inputs):
     return sum(kept.values())
 
 
-def cost(device, sizes=((2048, 1024, 8, 3), (2048, 1024, 8, 10), (512, 4096, 8, 3)), rounds=25):
-    """Medians of forward and backward, in another order each round, and bytes kept for backward,
-    beside a LoRA of rank n r, a loop over heads, and the bound: A x, w, their product, heads."""
-    rows = []
+def cost(device, sizes=((2048, 1024, 8, 3), (2048, 1024, 8, 10), (512, 4096, 8, 3)), rounds=15):
+    """Prints time and bytes of the layer, as multiples of others'."""
+    print("Forward and backward, and bytes kept between: of the layer, as a multiple of one\n"
+          "LoRA of rank n r, and of a loop over heads")
     for tokens, width, r, n in sizes:
-        base = nn.Linear(width, width, bias=False, device=device)
-        layer = HydraLoRALinear(base, num_heads=n, r=r)
+        layer = HydraLoRALinear(nn.Linear(width, width, device=device), num_heads=n, r=r)
         A = nn.Linear(width, n * r, bias=False, device=device)
         B = nn.Linear(n * r, width, bias=False, device=device)
         x = torch.randn(tokens, width, device=device, requires_grad=True)
-
-        def lora(x):
-            return base(x) + B(A(x) * layer.scaling)
-
-        def loop(x):
-            return loop_over_heads(layer, x)
-
-        ways, seconds = [layer, lora, loop], [[], [], []]
-        inputs = [x, A.weight, B.weight, *layer.parameters()]
-        for _ in range(5 + rounds):
+        ways = [layer, lambda x: layer.base(x) + B(A(x) * layer.scaling),
+                lambda x: loop_over_heads(layer, x)]
+        inputs, seconds = [x, A.weight, B.weight, *layer.parameters()], [[], [], []]
+        for _ in range(3 + rounds):  # three to warm up
             for way in torch.randperm(3):
                 for t in inputs:
                     t.grad = None
                 start = time.perf_counter()
                 ways[way](x).backward(torch.ones_like(x))
-                if device != "cpu":
-                    getattr(torch, device).synchronize()
+                x.grad[0, 0].item()  # waits for a GPU
                 seconds[way].append(time.perf_counter() - start)
-        ours, of_lora, of_loop = [statistics.median(t[5:]) for t in seconds]
-        kept, _, kept_by_loop = [saved_bytes(way, x, inputs) for way in ways]
-        bound = 4 * (tokens * (r + n + n * r) + n * width * r)
-        rows.append({
-            "tokens, width, r, n": f"{tokens}, {width}, {r}, {n}",
-            "time / LoRA of rank n r": round(ours / of_lora, 3),
-            "time / loop": round(ours / of_loop, 3),
-            "bytes / loop": round(kept / kept_by_loop, 3),
-            "bytes / bound": round(kept / bound, 3)})
-    return rows
+        ours, of_lora, of_loop = (statistics.median(t[3:]) for t in seconds)
+        kept, by_lora, by_loop = (saved_bytes(way, x, inputs) for way in ways)
+        print(f"{tokens} tokens, width {width}, r {r}, n {n}: time {ours / of_lora:.2f} and "
+              f"{ours / of_loop:.2f}, bytes {kept / by_lora:.2f} and {kept / by_loop:.2f}")
 
 
 # ---- Options ----
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"train_toy.py: {message}\n")
+def read_options():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"train_toy.py: {message}\n")
+    modes = parser.add_mutually_exclusive_group()
+    for mode in (paper, tune, cost):
+        modes.add_argument(f"--{mode.__name__}", dest="mode", action="store_const", const=mode,
+                           help="see above")
+    parser.add_argument("--seed", type=int, help="0 unless given")
+    parser.add_argument("--heads", type=int, help="1 to 32; found by k-means unless given")
+    parser.add_argument("--fetch", type=float, metavar="WEIGHT",
+                        help="of the first block's own loss; 1 unless given")
+    parser.add_argument("--check", action="store_true",
+                        help="exit 1 unless heads go by domain and beat one LoRA")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda, mps ...; a GPU if there is one")
+    parser.add_argument("--json", metavar="FILE", help="for the experiment's or --paper's numbers")
+    options = parser.parse_args()
+    own = (options.seed, options.heads, options.fetch)
+    if options.mode and (options.check or own != (None, None, None)):
+        parser.error("--seed, --heads, --fetch, --check belong to the experiment")
+    for name, value, low, high in zip(
+            ("seed", "heads", "fetch"), own, (0, 1, 0), (999_999_999, 32, 1000)):
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name} has to be from {low} to {high}")
+    try:  # fail before training, if at all
+        open(options.json or os.devnull, "a").close()
+        torch.ones(1, device=options.device)
+    except OSError as error:
+        parser.error(str(error))
+    except Exception:
+        parser.error(f"there is no device {options.device!r} here")
+    return options
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    modes = parser.add_mutually_exclusive_group()
-    for mode in ("paper", "cost", "tune"):
-        modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode)
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--heads", type=int, choices=range(1, 33), metavar="N")
-    parser.add_argument("--check", action="store_true", help="exit 1 unless passed")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json")
-    options = parser.parse_args()
-    seed, device = options.seed or 0, options.device
-    if options.mode and (options.check or (options.seed, options.heads) != (None, None)):
-        parser.error("--seed, --heads and --check belong to the main run")
-    if not 0 <= seed < 1e9:
-        parser.error("--seed has to be from 0 to 999,999,999")
-    try:  # fail before training, if at all
-        torch.ones(1, device=device)
-        open(options.json or os.devnull, "a").close()
-    except Exception as error:
-        parser.error(str(error).splitlines()[0])
-    if options.mode == "paper":
-        result = all_seeds(measure, REPORTED_SEEDS, device, DOMAINS, list(methods()))
-        display = show_paper
-    elif options.mode == "tune":
-        result, display = tune(device), show_rows
-    elif options.mode == "cost":
-        result, display = cost(device), show_rows
+    options = read_options()
+    sys.stdout.reconfigure(line_buffering=True)  # also through a pipe
+    if options.mode:
+        result = options.mode(options.device)
     else:
-        torch.set_num_threads(2)  # on one core they give the same digits
-        result, display = measure(seed, device, options.heads, MAIN_RUN), show
-    with open(options.json or os.devnull, "w") as file:
-        json.dump(result, file, indent=1)
-    display(result)
-    print(end="", flush=True)
+        torch.set_num_threads(2)  # the same digits on one core
+        fetch = 1.0 if options.fetch is None else options.fetch
+        result = experiment(options.seed or 0, options.device, MAIN_RUN, options.heads, fetch)
+    if options.json and result:
+        with open(options.json, "w") as file:
+            json.dump(result, file, indent=1)
+    if options.check:
+        for what, passed in result["checks"].items():
+            print("check:", what, "- yes" if passed else "- NO")
     return int(options.check and not result["passed"])
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # piped to head, which has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(main())
