@@ -194,7 +194,7 @@ class Method:
 def methods(n=DOMAINS, fetch=1.0):
     """Name -> Method. Ranks make the sizes equal: on o_proj HydraLoRA has r (1 + n) + n
     vectors, a LoRA 2 r, n whole LoRAs with a router 2 r n + n. The rates are the best of
-    --tune, but HydraLoRA's, where 1.28 gains 0.2. Without fetch two need lower ones."""
+    --tune, but HydraLoRA's, where 1.28 gains 0.2; without fetch two need lower ones."""
     same = (RANK * (1 + n) + n + 1) // 2
     whole = RANK * (1 + n) // (2 * n)
     split = RANK * (1 + DOMAINS) // (2 * DOMAINS)  # as HydraLoRA without its router
@@ -246,7 +246,7 @@ def adapt(top, seed, method):
         return top
     inject_hydralora(
         top, method.places, num_heads=method.n, r=method.r, lora_alpha=2 * method.r)
-    torch.manual_seed(seed + 1)  # not the numbers that the model started from
+    torch.manual_seed(seed)
     for layer in hydralora_layers(top).values():
         layer.reset_parameters()
         if method.n == 1:
@@ -421,7 +421,7 @@ def experiment(seed, device, names, heads=None, fetch=1.0):
 
 # ---- --paper and --tune: all methods on several seeds ----
 TUNING_SEEDS = range(5)
-REPORTED_SEEDS = range(40, 50)  # no choice was made on them
+REPORTED_SEEDS = range(40, 50)  # no rate was chosen on them
 RATES, FACTORS = (0.005, 0.02, 0.08, 0.32, 1.28), (1, 0.1, 0.01)
 
 
@@ -524,7 +524,7 @@ def cost(device, sizes=((2048, 1024, 8, 3), (2048, 1024, 8, 10), (512, 4096, 8, 
         ways = [layer, lambda x: layer.base(x) + B(A(x) * layer.scaling),
                 lambda x: loop_over_heads(layer, x)]
         inputs, seconds = [x, A.weight, B.weight, *layer.parameters()], [[], [], []]
-        for _ in range(3 + rounds):  # three to warm up
+        for _ in range(3 + rounds):  # 3 to warm up
             for way in torch.randperm(3):
                 for t in inputs:
                     t.grad = None
