@@ -129,7 +129,7 @@ class HydraLoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(num_heads, d, r, **like))
         self.router = Router(k, num_heads, **like)
         self.lora_dropout = nn.Dropout(lora_dropout)
-        self.reset_parameters()
+        self.reset_parameters()  # the router again
         self.base = base.requires_grad_(False)  # W0 and bias
         self.train(base.training)
 
@@ -205,8 +205,8 @@ def _plain_linear(base):
 
     A hook or a forward of its own may give more. So base is asked: for -2 times up to 64
     unit vectors it has to give that of W0's columns, plus bias. The minus shows a ReLU
-    before W0, the 2 a clip. One eps is for a product that rounds in another way, and nan
-    is nan, since merge itself names a W that is not finite.
+    before W0, the 2 a clip. One eps is for a product that rounds in another way; nan is
+    nan, since merge names a W that is not finite.
     """
     W0, bias = base._parameters.get("weight"), base.bias
     if type(W0) is not nn.Parameter or not W0.is_floating_point() or W0.is_meta:
@@ -314,7 +314,7 @@ def k_means(X, max_centres):
     C = X.mean(0, keepdim=True)  # (1, terms)
     sse = []
     for K in range(1, max_centres + 1):
-        for _ in range(10):  # enough to settle
+        for _ in range(10):  # it settles
             squared, owner = squared_distances(C).min(1)  # (documents,), Eq. 7
             S = F.one_hot(owner, K).to(X)                 # (documents, K)
             size = S.sum(0)[:, None]                      # (K, 1)
