@@ -352,7 +352,7 @@ def surroundings():
 
 @contextlib.contextmanager
 def threads(count):
-    """So many threads; what a wrong call may change for good is put back."""
+    """So many threads; what a wrong call may change is put back."""
     before = surroundings()
     torch.set_num_threads(count)
     try:
