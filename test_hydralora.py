@@ -1206,7 +1206,7 @@ def test_defaults_shapes_dtypes_and_start():
     assert one.base is base and one.weight is base.weight and not one.bias.requires_grad
     assert "num_heads=3, r=8, scaling=2" in str(one)
     assert not isinstance(one.router, nn.Linear)  # which quantisers replace
-    assert layer().gates(tokens(2, 9, K)).shape == (2, 9, N)
+    assert layer().gates(tokens(2, 9, K).half()).shape == (2, 9, N)
     assert {key: tuple(t.shape) for key, t in layer().state_dict().items()} == {
         "lora_A": (R, K), "lora_B": (N, D, R), "router.weight": (N, K),
         "base.weight": (D, K), "base.bias": (D,)}
@@ -1350,7 +1350,6 @@ def test_num_heads_finds_the_domains(domains):
 
 def test_num_heads_of_other_corpora():
     assert num_heads_from_corpus(corpus(3, 0, shares=[0.6, 0.3, 0.1]))[0] == 3
-    assert num_heads_from_corpus(corpus(1, 0), max_heads=2)[0] == 2  # every curve has an elbow
     n, sse = num_heads_from_corpus(documents := corpus(3, 0))
     assert len(sse) == 10 and all(a >= b for a, b in zip(sse, sse[1:]))
     texts = ["  ".join(f"word{i}" for i in document) + "\n" for document in documents]
@@ -1359,8 +1358,8 @@ def test_num_heads_of_other_corpora():
 
 
 def test_sse_by_hand():
-    _, sse = num_heads_from_corpus(["a", "b", "a a", "b b"], max_heads=3)
-    np.testing.assert_allclose(sse, [2, 0, 0], atol=1e-5)  # 4 unit vectors, sqrt 1/2 off
+    n, sse = num_heads_from_corpus(["a c", "b c", "a a c c", "b b c c"], max_heads=3)
+    np.testing.assert_allclose([n, *sse], [2, 1.390726, 0, 0], atol=1e-5)  # idf 1 + ln 5/3, 1
 
 
 # ---- Merging ----
@@ -1451,7 +1450,7 @@ def test_merge_gives_a_plain_layer_that_holds_every_update(kind, dtype):
         with torch.autocast("cpu", dtype=bf16):
             assert torch.equal(m.merge(GATES).weight, W)
         for p in merged.parameters():
-            p.zero_()
+            assert not p.zero_().requires_grad
         assert torch.equal(m(x).nan_to_num(), before)  # nothing is shared
 
 
@@ -1573,7 +1572,7 @@ def test_official_checkpoint_computes_the_formula():
     m, x = layer(num_heads=heads), tokens(4, K, seed=3)
     weights = (t.detach().numpy() for t in (x, m.weight, m.bias, A, B, Wg))
     y, _ = reference(*weights, 2.0, np.zeros((4, D)))
-    parts = {"lora_A": A, "lora_route": Wg, **{f"lora_B{i}": B[i] for i in range(heads)}}
+    parts = {"lora_A": A, "lora_route": Wg, **{f"lora_B{i}": B[i] for i in range(heads)[::-1]}}
     model = nn.ModuleDict({"q": m})
     for prefix in ("", "base_model.model."):
         state = {f"{prefix}q.{part}.weight": value for part, value in parts.items()}
@@ -1659,7 +1658,7 @@ def test_bad_input_is_refused(said):
 
 @pytest.mark.parametrize("make, targets, arguments", [
     (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.cfloat)), ["0", "1"], {}),
-    (plain_tiny, "q_proj", {"lora_dropout": 2}),
+    (plain_tiny, "q_proj", {"lora_dropout": 1}),
     (plain_tiny, ["q_proj", "x"], {}), (tiny, ["o_proj", "q_proj"], {}),
     (offloaded, ["layers.0.q_proj", "layers.1.q_proj"], {}),
     (lambda: nn.MultiheadAttention(8, 2), "out_proj", {})])
@@ -1737,6 +1736,7 @@ def test_toy_corpus_by_hand(toy, world, monkeypatch):
     assert len(torch.stack([world.sample(9, use).tokens for use in range(3)]).unique(dim=0)) == 3
     monkeypatch.setattr(world, "old", torch.stack([alphabet.roll(d + i) for i in range(d)]))
     monkeypatch.setattr(world, "new", torch.stack([alphabet.roll(i) for i in range(d)]))
+    assert world.frequencies[1].argmax() % d == 1
     own = alphabet % d == torch.arange(d)[:, None]
     for frequencies, limit in ((torch.ones(own.shape), 100 / d), (own.float(), 100)):
         monkeypatch.setattr(world, "frequencies", F.normalize(frequencies, p=1))
@@ -1771,7 +1771,7 @@ def test_toy_training_takes_the_batches_in_turn_at_its_rates(toy, world, monkeyp
     seen, rates, x = [], [], nn.Parameter(torch.zeros(2))
     toy.train(lambda batch: (seen.append(batch), x[0])[1], [dict(params=[x], lr=0.1)], 4)
     assert seen == [slice(i, i + toy.BATCH) for i in range(0, 4 * toy.BATCH, toy.BATCH)]
-    assert x[0] < 0 == x[1]
+    assert x[0] < -0.09 < x.grad[0] == 1
     data = world.training
     logits = world.model(data.tokens[5:9])[:, toy.LENGTH:]
 
@@ -1886,12 +1886,11 @@ def test_toy_check(router, symbols, gain, passed, said, toy, world, monkeypatch,
     monkeypatch.setattr(toy, "nmi", lambda w, domain: next(scores))
     monkeypatch.setattr(toy, "fine_tune", lambda world, method: (
         tuned, dict(size=1, accuracy=90.0 + gain * (method == toy.methods()["HydraLoRA"]))))
-    monkeypatch.setattr(toy, "World", lambda seed, device, fetch: world if fetch == 2 else None)
-    options = f"--check --fetch 2 --heads {toy.DOMAINS}".split()
+    monkeypatch.setattr(toy, "World", lambda seed, device, fetch: world if seed > fetch else None)
+    options = f"--check --seed 1 --fetch 0 --heads {toy.DOMAINS}".split()
     assert run_toy(toy, *options) == 1 - passed
     printed = capsys.readouterr().out
     assert said in printed and printed.count("\ncheck: ") == 3
-    assert printed.count("- NO") == (not passed)
 
 
 def test_toy_paper_by_hand(toy, monkeypatch, capsys):
