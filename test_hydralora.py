@@ -1777,11 +1777,11 @@ def test_toy_training_takes_the_batches_in_turn_at_its_rates(toy, world, monkeyp
 
     def train(loss_of, groups, steps):  # adapters start at zero
         close(loss_of(slice(5, 9)), toy.cross_entropy(logits, data.targets[5:9]))
-        of_A = [group for group in groups if method.r in group["params"][0].shape[-2:-1]]
+        of_A = [group for group in groups if 7 in group["params"][0].shape[-2:-1]]
         rates.append({group["lr"] for group in of_A})
     monkeypatch.setattr(toy, "train", train)
     for method in toy.methods().values():
-        toy.fine_tune(world, replace(method, lr=7.0, factor=0.5))
+        toy.fine_tune(world, replace(method, lr=7.0, factor=0.5, r=7))  # r is no n
         assert rates.pop() == (set() if method.kind == "layer" else {3.5})
 
 
