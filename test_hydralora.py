@@ -1178,10 +1178,13 @@ def tokens(*shape, dtype=f64, seed=1):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def tiny(targets=("q_proj", "v_proj"), random_heads=True, **config):
+def plain_tiny(**config):
     torch.manual_seed(0)
-    model = TinyTransformer(TinyConfig(**config))
-    inject_hydralora(model, targets, num_heads=N, r=R)
+    return TinyTransformer(TinyConfig(**config))
+
+
+def tiny(targets=("q_proj", "v_proj"), random_heads=True, **config):
+    model = inject_hydralora(plain_tiny(**config), targets, num_heads=N, r=R)
     for m in hydralora_layers(model).values() if random_heads else ():
         nn.init.normal_(m.lora_B, std=0.3)
         nn.init.normal_(m.router.weight)
@@ -1223,7 +1226,7 @@ def test_defaults_shapes_dtypes_and_start():
 
 
 def test_case_by_hand_of_the_docstring():
-    """Of the layer, and of the reference."""
+    """Of layer and reference."""
     arrays = [np.array(a, dtype=float) for a in (
         [[1, 2]], np.eye(2), [10, 20], [[1, 1]], [[[1], [2]], [[5], [-2]]],
         [[math.log(3), 0], [0, 0]])]
@@ -1285,11 +1288,6 @@ def test_dropout_has_one_mask_for_all_heads_in_training_only():
     mask = (m.train()(x) - m.base(x)) / x
     close(mask, 2.0 * (mask > 1).double())  # 0 or 1 / (1 - 0.5), no mixture
     assert 0.3 < mask.mean() / 2 < 0.7
-
-
-def plain_tiny():
-    torch.manual_seed(0)
-    return TinyTransformer(TinyConfig())
 
 
 def next_token_loss(model):
@@ -1891,6 +1889,7 @@ def test_toy_check(router, symbols, gain, passed, said, toy, world, monkeypatch,
     assert run_toy(toy, *options) == 1 - passed
     printed = capsys.readouterr().out
     assert said in printed and printed.count("\ncheck: ") == 3
+    assert printed.count("- NO") == (not passed)
 
 
 def test_toy_paper_by_hand(toy, monkeypatch, capsys):
