@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-# SPDX-FileCopyrightText: 2026 the authors of HydraLoRA in one file
-"""HydraLoRA in one file: one shared matrix A, N heads B_i, and a router that mixes them.
+# SPDX-FileCopyrightText: 2026 the "HydraLoRA in one file" authors
+"""HydraLoRA in one file: one shared matrix A, N heads B_i, and a router that weights them.
 
 Tian, Shi, Guo, Li, Xu: "HydraLoRA: An Asymmetric LoRA Architecture for Efficient
 Fine-Tuning", NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are trained:
@@ -8,34 +8,34 @@ Fine-Tuning", NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are tr
     (1)  y = W0 x + B A x                 LoRA
     (2)  W = W0 + sum_i w_i B_i A         HydraLoRA as one weight, for a fixed w
     (3)  y = W0 x + sum_i w_i B_i A x     HydraLoRA as a layer
-    (4)  w = softmax(Wg^T x)              the router: each token has a w of its own
+    (4)  w = softmax(Wg^T x)              the router, for each token
 
     paper  code           shape     what it is
-    x      x              (..., k)  input, any leading axes: (b, t, k) in a transformer
+    x      x              (..., k)  input, any leading axes, such as (b, t)
     W0     base.weight    (d, k)    frozen weight, from k features to d
-    A      lora_A         (r, k)    rank r, for all heads; Kaiming-uniform at first
-    B_i    lora_B[i]      (d, r)    a head, the paper's expert E_i; zero at first
+    A      lora_A         (r, k)    shared by all heads; Kaiming-uniform init
+    B_i    lora_B[i]      (d, r)    a head, the paper's expert E_i; zero init
     N      num_heads, n             number of heads
     Wg     router.weight  (n, k)    Eq. 4's Wg^T, stored as nn.Linear stores a weight
-    w      w, gates       (..., n)  each token's mixture; (n,) where the caller fixes it
+    w      w, gates       (..., n)  gates: mixture weights per token; (n,) if fixed
 
-Where the paper is silent, or at odds with the official code, this file does so. "L" is a
-line of HydraLoRA/peft/tuners/lora.py in github.com/Clin0212/HydraLoRA at afb693b.
+What this file does where the paper is silent or the official code differs. "L" is a line
+of HydraLoRA/peft/tuners/lora.py in github.com/Clin0212/HydraLoRA at afb693b.
 
     [1] The router reads x, as in the paper's text and L339. Before Eq. 4 the paper gives
         Wg the shape (r, N), which fits A x.
-    [2] The router has no bias (L279) and starts Kaiming-uniform (L299), as A does (L295).
+    [2] The router has no bias (L279) and is Kaiming-uniform at init (L299), like A (L295).
     [3] The softmax is in float32, or float64 for float64, and cast back; L339: always float32.
     [4] The update is scaled by lora_alpha / r (L284, L342); the paper has no such factor.
-    [5] One dropout mask for all heads, on the x that A reads, and none for the router
-        (L339). L342 draws a mask for each head; the paper has no dropout.
-    [6] y alone is returned. L347 returns a balance loss beside it, always 0 (L344).
-    [7] The caller names the layers. Table 2's 0.124 % of parameters fit q and v without
-        any router; the official script takes gate, up and down.
-    [8] Merging takes one w, from the caller, for all tokens: not exact. The paper merges
-        "based on the input" (3.2.2), as we read it for each token; lora.py never does.
+    [5] One dropout mask for all heads, on A's input; the router sees x without dropout
+        (L339). L342 draws a mask per head; the paper has no dropout.
+    [6] Only y is returned. L347 also returns a balance loss, always 0 (L344).
+    [7] The caller picks the layers. Table 2's 0.124 % of parameters fits q and v without
+        routers; the official script adapts gate, up and down.
+    [8] Merging uses one w, from the caller, for all tokens: not exact. The paper merges
+        "based on the input" (3.2.2): per token, as we read it; lora.py never merges.
 
-Read it beside the paper down to "On a model": what stands above needs nothing below.
+Read down to "On a model" alongside the paper; that part uses nothing below it.
 """
 import math
 import re
@@ -48,14 +48,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 
 # ---- The equations ----
 def hydralora_gates(x, Wg):
     """Eq. 4: w = softmax(Wg x), where our Wg is the paper's Wg^T.
 
-    x (..., k), Wg (n, k) -> w (..., n). In float16 a logit beyond 65,504 gives nan.
+    x (..., k), Wg (n, k) -> w (..., n). A float16 logit above 65,504 gives nan.
     """
     logits = F.linear(x, Wg)  # (..., n)
     high = torch.promote_types(logits.dtype, torch.float32)
@@ -79,7 +79,7 @@ def hydralora_delta(x, A, B, gates, scaling):
 class Router(nn.Module):
     """Eq. 4 as a module, so that a forward hook sees w: x (..., k) -> w (..., n).
 
-    No subclass of nn.Linear: a quantiser would replace it, softmax included.
+    Not an nn.Linear: a quantiser would replace it, softmax included.
     """
 
     def __init__(self, k, n, device=None, dtype=None):
@@ -98,10 +98,10 @@ class HydraLoRALinear(nn.Module):
     """A frozen nn.Linear, base (d, k), with a HydraLoRA update: x (..., k) -> y (..., d).
 
     num_heads: n. r: the rank of A and of each B_i. lora_alpha: scaling = lora_alpha / r.
-    lora_dropout: its probability. The adapter is float32, or float64 for a float64 base,
+    lora_dropout: probability. The adapter is float32, or float64 for a float64 base,
     and y has the dtype of base(x).
 
-    By hand, with W0 the identity, bias (10, 20), A = (1, 1), B_1 = (1, 2), B_2 = (5, -2),
+    Example: with W0 the identity, bias (10, 20), A = (1, 1), B_1 = (1, 2), B_2 = (5, -2),
     Wg = ((ln 3, 0), (0, 0)) and scaling 2:
 
         x = (1, 2):  W0 x + bias = (11, 22),  A x = 3,  w = softmax(ln 3, 0) = (3/4, 1/4)
@@ -111,10 +111,10 @@ class HydraLoRALinear(nn.Module):
     def __init__(self, base, *, num_heads=3, r=8, lora_alpha=16, lora_dropout=0.0):
         if not isinstance(base, nn.Linear) or base.weight.is_complex():
             raise TypeError(f"base must be an nn.Linear with real weights, got {base}")
-        if num_heads < 1 or num_heads % 1 or r < 1 or r % 1:
-            raise ValueError(f"needs whole num_heads, r >= 1, got {num_heads}, {r}")
+        if any(type(size) is not int or size < 1 for size in (num_heads, r)):
+            raise ValueError(f"num_heads, r must be integers >= 1, got {num_heads!r}, {r!r}")
         if not math.isfinite(lora_alpha) or not 0 <= lora_dropout < 1:
-            raise ValueError("needs a finite lora_alpha and 0 <= lora_dropout < 1")
+            raise ValueError("lora_alpha must be finite, and lora_dropout in [0, 1)")
         super().__init__()
         k, d = base.in_features, base.out_features
         self.in_features = k
@@ -127,16 +127,15 @@ class HydraLoRALinear(nn.Module):
         like = dict(device=base.weight.device, dtype=dtype)
         self.lora_A = nn.Parameter(torch.empty(r, k, **like))
         self.lora_B = nn.Parameter(torch.empty(num_heads, d, r, **like))
-        self.router = Router(k, num_heads, **like)
         self.lora_dropout = nn.Dropout(lora_dropout)
-        self.reset_parameters()  # the router again
+        self.reset_parameters()
+        self.router = Router(k, num_heads, **like)
         self.base = base.requires_grad_(False)  # W0 and bias
         self.train(base.training)
 
     def reset_parameters(self):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(-1, 1) / sqrt(k)
-        nn.init.zeros_(self.lora_B)  # the update is zero at first (below Eq. 1)
-        self.router.reset_parameters()
+        nn.init.zeros_(self.lora_B)  # zero initial update (below Eq. 1)
 
     def extra_repr(self):
         return f"num_heads={self.num_heads}, r={self.r}, scaling={self.scaling:g}"
@@ -154,21 +153,18 @@ class HydraLoRALinear(nn.Module):
         delta = hydralora_delta(dropped, self.lora_A, self.lora_B, w, self.scaling)
         return y + delta.to(y.dtype)  # (..., d) [6]
 
-    @property
-    def weight(self):  # some models ask for it
-        return self.base.weight
-
-    @property
-    def bias(self):
-        return self.base.bias
+    weight = property(lambda self: self.base.weight)  # some models read these
+    bias = property(lambda self: self.base.bias)
 
     @torch.no_grad()
     def to_lora(self, gates):
         """Eq. 1 for fixed gates (n,): copies of A (r, k) and sum_i gates_i B_i (d, r).
 
         Averaging the heads' weights averages their outputs (3.2.2). A and the sum are
-        float32 or float64, not scaled.
+        float32 or float64, unscaled.
         """
+        if type(self).forward is not HydraLoRALinear.forward:
+            raise TypeError(f"{type(self).__name__} has its own forward, but no to_lora")
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         gates = torch.as_tensor(gates, dtype=dtype)
         if gates.shape != (self.num_heads,) or not gates.isfinite().all():
@@ -181,13 +177,12 @@ class HydraLoRALinear(nn.Module):
     def merge(self, gates):
         """Eq. 2: a new nn.Linear with the weight W0 + scaling * sum_i gates_i B_i A.
 
-        Exact for a token whose mixture is gates (n,). For a mixture w, y is off by
-        scaling * sum_i (gates_i - w_i) B_i A x [8]. W is cast to W0's dtype once. Hooks
-        of base are lost. TypeError if base is seen to do more than W0 x + bias, or if
-        its dtype cannot hold W.
+        Exact for a token whose w equals gates (n,); for any other w, y is off by
+        scaling * sum_i (gates_i - w_i) B_i A x [8]. W is cast to W0's dtype once.
+        TypeError if base is not a plain nn.Linear, or if W overflows its dtype.
         """
-        with torch.autocast(self.lora_A.device.type, enabled=False):  # B @ A unrounded
-            W0, bias = _plain_linear(self.base)             # (d, k), (d,) or None
+        W0, bias = _plain_linear(self.base)                 # (d, k), (d,) or None
+        with torch.autocast(W0.device.type, enabled=False):  # B @ A unrounded
             A, B = self.to_lora(gates)                      # (r, k), (d, r)
             W = (W0 + self.scaling * (B @ A)).to(W0.dtype)  # (d, k), Eq. 2
         if not W.isfinite().all():
@@ -201,27 +196,27 @@ class HydraLoRALinear(nn.Module):
 
 
 def _plain_linear(base):
-    """W0 (d, k) and bias (d,) of a base that gives W0 x + bias; TypeError if it does not.
+    """W0 (d, k) and bias (d,) or None of a plain nn.Linear; TypeError for any other."""
+    def refuse(reason):
+        raise TypeError(f"base cannot be merged: {reason}: {base}")
 
-    A hook or a forward of its own may give more. So base is asked: for -2 times up to 64
-    unit vectors it has to give that of W0's columns, plus bias. The minus shows a ReLU
-    before W0, the 2 a clip. One eps is for a product that rounds in another way; nan is
-    nan, since merge names a W that is not finite.
-    """
-    W0, bias = base._parameters.get("weight"), base.bias
-    if type(W0) is not nn.Parameter or not W0.is_floating_point() or W0.is_meta:
-        raise TypeError("base cannot be merged: its weight is computed, quantised, sharded "
-                        f"or offloaded: {base}")
-    k = W0.shape[1]
-    columns = torch.arange(0, k, 1 + k // 64, device=W0.device)  # (m,), m <= 64
-    x = -2 * F.one_hot(columns, k)[None].to(W0.dtype)  # (1, m, k)
-    y, eps = F.linear(x, W0, bias), torch.finfo(W0.dtype).eps  # (1, m, d)
-    if not torch.allclose(base(x).to(y), y, rtol=eps, atol=0, equal_nan=True):
-        raise TypeError(f"base cannot be merged: it gives more than W0 x + bias: {base}")
-    return W0, bias
+    if vars(base).get("forward") not in (None, type(base).forward.__get__(base)):
+        refuse("its forward was replaced (by Accelerate? First call "
+               "accelerate.hooks.remove_hook_from_submodules(model))")
+    if type(base).forward is not nn.Linear.forward:
+        refuse("its class has a forward of its own")
+    for name in ("weight", "bias") if base.bias is not None else ("weight",):
+        p = base._parameters.get(name)
+        if type(p) is not nn.Parameter:
+            refuse(f"its {name} is {'computed' if p is None else type(p).__name__}")
+        if p.is_meta or not p.is_floating_point() or p.dtype.itemsize < 2:
+            refuse(f"its {name} is {p.dtype} on {p.device}")
+    if base._forward_hooks or base._forward_pre_hooks:
+        refuse("it has forward hooks")
+    return base.weight, base.bias
 
 
-# ---- A tiny transformer, named as in Llama ----
+# ---- A tiny transformer with Llama's projection names ----
 @dataclass
 class TinyConfig:
     vocab_size: int = 64
@@ -246,20 +241,13 @@ class TinyBlock(nn.Module):
         self.up_proj = nn.Linear(width, inner)
         self.down_proj = nn.Linear(inner, width)
 
-    def attention(self, h):
-        """What o_proj reads, (b, t, width)."""
-        x = self.attention_norm(h)
+    def forward(self, h):
+        x = self.attention_norm(h)  # (b, t, width)
         q, k, v = (proj(x).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))  # (b, heads, t, -1)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return x.transpose(1, 2).flatten(2)
-
-    def feed_forward(self, h):
+        h = h + self.o_proj(x.transpose(1, 2).flatten(2))
         return h + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(h))))
-
-    def forward(self, h):
-        h = h + self.o_proj(self.attention(h))  # (b, t, width)
-        return self.feed_forward(h)
 
 
 class TinyTransformer(nn.Module):
@@ -287,8 +275,8 @@ class TinyTransformer(nn.Module):
 
 # ---- Choosing N, Appendix B ----
 def tf_idf(texts):
-    """X (documents, terms): how often a document has a term, times how rare the term is
-    (the usual smoothed idf). Each X_i has length 1."""
+    """X (documents, terms): term counts times smoothed idf, rows of norm 1, as in
+    scikit-learn's TfidfVectorizer."""
     number = {}  # term -> column
     columns = [number.setdefault(str(term), len(number)) for text in texts for term in text]
     rows = [row for row, text in enumerate(texts) for _ in text]
@@ -301,9 +289,9 @@ def tf_idf(texts):
 def k_means(X, max_centres):
     """The SSE, sum_i min_j |X_i - C_j|^2, of 1, ..., max_centres centres.
 
-    The paper starts from random centres, this is fast global k-means (Likas, Vlassis and
-    Verbeek, 2003): K centres start from the K - 1 found before and the candidate that
-    lowers the SSE most. Candidates are means of neighbours, half a cluster each.
+    The paper starts from random centres; this is fast global k-means (Likas, Vlassis and
+    Verbeek, 2003): K centres start from the K - 1 found before plus the candidate that
+    lowers the SSE most. Candidates are means of nearest neighbours, half a cluster each.
     """
     def squared_distances(C):  # |X_i| = 1: (centres, terms) -> (documents, centres)
         return (1 - 2 * X @ C.T + C.square().sum(1)).clamp_min(0)
@@ -314,7 +302,7 @@ def k_means(X, max_centres):
     C = X.mean(0, keepdim=True)  # (1, terms)
     sse = []
     for K in range(1, max_centres + 1):
-        for _ in range(10):  # it settles
+        for _ in range(10):  # enough to converge
             squared, owner = squared_distances(C).min(1)  # (documents,), Eq. 7
             S = F.one_hot(owner, K).to(X)                 # (documents, K)
             size = S.sum(0)[:, None]                      # (K, 1)
@@ -328,12 +316,12 @@ def k_means(X, max_centres):
 def num_heads_from_corpus(documents, max_heads=10):
     """Appendix B: N from the corpus, by TF-IDF, k-means and the elbow of the SSE curve.
 
-    documents: sequences of token ids or strings, not padded, or strings to split at
-    white space. Returns n >= 2 and the SSE of 1, ..., max_heads centres. n is where "the
-    rate of decrease in SSE slows down" most; the paper has no rule. It finds domains with
-    words of their own, but every curve has an elbow, also that of one domain: look at the
-    SSE, and choose (Figure 8: 2 to 4). Some hundred documents are enough: 3,000 with
-    20,000 words take half a minute and 1 GB; time grows with documents^2 x words.
+    documents: unpadded sequences of token ids or strings, or strings to split at white
+    space. Returns n >= 2 and the SSE of 1, ..., max_heads centres. n is where "the rate of
+    decrease in SSE slows down" most; the paper has no rule. It finds domains that differ
+    in vocabulary, but every curve has an elbow, even one domain's: look at the SSE, and
+    choose (Figure 8: 2 to 4). A few hundred documents are enough: 3,000 with 20,000 words
+    take half a minute and 1 GB; time grows with documents^2 x words.
     """
     if isinstance(documents, str):
         raise TypeError("documents must be a list, got one string")
@@ -342,10 +330,10 @@ def num_heads_from_corpus(documents, max_heads=10):
     texts = [d.split() if isinstance(d, str) else list(d) for d in documents]
     texts = [text for text in texts if text]  # empty documents do not count
     if not texts:
-        raise ValueError("documents has no document with a word in it")
+        raise ValueError("documents are all empty")
     sse = k_means(tf_idf(texts), max_heads + 1)
     gains = -torch.tensor(sse).diff()  # of the centres 2, ..., max_heads + 1
-    next_gains = gains[1:].clamp_min(1e-5 * sse[0])  # less is rounding
+    next_gains = gains[1:].clamp_min(1e-5 * sse[0])  # smaller: rounding
     return 2 + (gains[:-1] / next_gains).argmax().item(), sse[:max_heads]
 
 
@@ -358,12 +346,12 @@ def hydralora_layers(model):
 def _adapted_layers(model):
     layers = hydralora_layers(model)
     if not layers:
-        raise ValueError("model has no HydraLoRALinear: not injected, or merged already")
+        raise ValueError("model has no HydraLoRA layer")
     return layers
 
 
 def _replace(model, new):
-    """Put new[module] in the place of module, under each of its names."""
+    """Replace each module by new[module], under all its names."""
     if model in new:
         raise ValueError("model is itself the layer: it has no parent")
     for parent in list(model.modules()):
@@ -373,50 +361,48 @@ def _replace(model, new):
 
 
 def _find_targets(model, targets):
-    """The nn.Linear layers that the targets name, all fit to be adapted."""
+    """The nn.Linear layers that match targets, each once."""
     modules = dict(model.named_modules(remove_duplicate=False))
     parents = {name: modules[name.rpartition(".")[0]] for name in modules}
-    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)
-               and name and not isinstance(parents[name], HydraLoRALinear)}
-    chosen = {}
+    found = {}
     for target in [targets] if isinstance(targets, str) else targets:
-        names = [name for name in modules if f".{name}".endswith(f".{target}")]
-        found = {name: linears[name] for name in names if name in linears}
-        done = [name for name in names if isinstance(modules[name], HydraLoRALinear)]
-        if not found and done:
-            raise ValueError(f"{done[0]} is adapted already")
-        if not found:
-            raise ValueError(f"{target!r} matches no nn.Linear: there are {[*linears][:10]} ...")
-        chosen |= found
-    if not chosen:
+        names = [name for name in modules if name and f".{name}".endswith(f".{target}")]
+        linears = {name: modules[name] for name in names if isinstance(modules[name], nn.Linear)
+                   and not isinstance(parents[name], HydraLoRALinear)}
+        if not linears:
+            adapted = any(isinstance(modules[name], HydraLoRALinear) for name in names)
+            raise ValueError(f"{target!r} is adapted already" if adapted else
+                             f"{target!r} matches no nn.Linear")
+        found |= linears
+    if not found:
         raise ValueError("targets is empty")
-    for name, base in chosen.items():
+    for name, base in found.items():
         if isinstance(parents[name], (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            raise ValueError(f"{name}: its parent reads its weight and does not call it")
-        if base.weight.is_complex():
-            raise ValueError(f"{name} has complex weights")
-        if base.weight.is_meta:
-            raise ValueError(f"{name} is on meta: load the base's weights first; a layer that "
-                             "is offloaded cannot be adapted")
-    return chosen.values()
+            raise ValueError(f"{name}: its parent reads its weight without calling it")
+        if base.weight.is_complex() or base.weight.is_meta:
+            raise ValueError(f"{name} is complex, offloaded, or on meta: load weights first")
+    return dict.fromkeys(found.values())
 
 
-def inject_hydralora(model, targets, **layer_arguments):
-    """Freeze the model and wrap the nn.Linear layers that the targets name; returns the model.
+def inject_hydralora(model, targets, layer=HydraLoRALinear, **arguments):
+    """Freeze the model and wrap the nn.Linear layers that match targets; returns the model.
 
-    targets: "q_proj", "layers.0.q_proj" or a list of such [7]. A layer is meant if its
-    name is a target or ends in "." + target. layer_arguments: those of HydraLoRALinear.
-    Load the base's weights first: q_proj.weight is q_proj.base.weight afterwards. A
-    second injection adds to the first. With a ValueError the model stays as it was. Where
-    a module reads a layer's weight and does not call the layer, the adapter does nothing:
-    record_gates has no entry for it.
+    targets: "q_proj", "layers.0.q_proj" or a list of such [7]. A layer matches if its
+    name is a target or ends in "." + target. layer: HydraLoRALinear or a subclass, called
+    as layer(base, **arguments). Load the base's weights first: q_proj.weight becomes
+    q_proj.base.weight. A second injection adds to the first. On ValueError the model is
+    unchanged. If a module reads a layer's weight without calling the layer, the adapter
+    has no effect, and record_gates no entry for it.
     """
-    bases, trained = _find_targets(model, targets), set()
-    for layer in hydralora_layers(model).values():  # of an earlier injection
-        trained.update([layer.lora_A, layer.lora_B, layer.router.weight])
-    new = {base: HydraLoRALinear(base, **layer_arguments) for base in bases}
+    if not (isinstance(layer, type) and issubclass(layer, HydraLoRALinear)):
+        raise TypeError(f"layer must be HydraLoRALinear or a subclass, got {layer!r}")
+    bases = _find_targets(model, targets)
+    adapters = set()  # parameters of an earlier injection
+    for adapted in hydralora_layers(model).values():
+        adapters |= {*adapted.parameters()} - {*adapted.base.parameters()}
+    new = {base: layer(base, **arguments) for base in bases}
     for p in model.parameters():
-        if p not in trained:
+        if p not in adapters:
             p.requires_grad_(False)
     _replace(model, new)
     return model
@@ -424,29 +410,29 @@ def inject_hydralora(model, targets, **layer_arguments):
 
 @contextmanager
 def hook_gates(model, f):
-    """Context manager: f(name, w) gets each router's w (..., n) and may return another.
+    """Context manager: f(name, w) gets each router's w (..., n) and may replace it.
 
-    With `lambda name, w: 0 * w` the adapters are off. All compiled code of the process is
-    compiled anew, inside and afterwards: it does not notice hooks.
+    `lambda name, w: 0 * w` turns the adapters off. Entry and exit call
+    torch.compiler.reset(), for the whole process: compiled code does not notice hooks.
     """
-    def compile_anew():
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and this takes seconds
+    def reset_compiler():
+        if "torch._dynamo" in sys.modules:  # importing it takes seconds
             torch.compiler.reset()
 
     hooks = [layer.router.register_forward_hook(lambda router, x, w, name=name: f(name, w))
              for name, layer in _adapted_layers(model).items()]
     try:
-        compile_anew()
+        reset_compiler()
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        compile_anew()
+        reset_compiler()
 
 
 @contextmanager
 def record_gates(model):
-    """Context manager: a dict name -> w (..., n) of the last forward in it, detached."""
+    """Context manager: yields a dict name -> w (..., n) of its last forward, detached."""
     gates = {}
     with hook_gates(model, lambda name, w: gates.update({name: w.detach()})):
         yield gates
@@ -456,33 +442,27 @@ def record_gates(model):
 def mean_gates(model, batches):
     """Mean w over all tokens of calibration inputs, in eval mode: dict name -> (n,).
 
-    batches: a list of tensors, or of dicts of keyword arguments. Tokens with a 0 in a
-    dict's attention_mask (b, t) do not count; ValueError if a layer saw other tokens.
-    **A fixed mixture can ruin the model: accuracy in train_toy.py falls from 96.4 to 36.7 %.**
+    batches: a list of tensors, or of dicts of keyword arguments; ValueError if an
+    attention_mask shows padding. **Fixed gates can ruin the model.**
     """
     if isinstance(batches, (torch.Tensor, Mapping)):
         raise TypeError("batches must be a list of batches")
     total = dict.fromkeys(hydralora_layers(model), 0)
     count = dict.fromkeys(total, 0)
+
+    def add(name, w):
+        w = w.reshape(-1, w.shape[-1])  # (tokens, n)
+        total[name] += w.sum(0, dtype=torch.promote_types(w.dtype, torch.float32))
+        count[name] += len(w)
+
     training = [module for module in model.modules() if module.training]
-    seen = []
     try:
-        with hook_gates(model.eval(), lambda name, w: seen.append((name, w))):
+        with hook_gates(model.eval(), add):
             for batch in batches:
-                model(**batch) if isinstance(batch, Mapping) else model(batch)
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                padded = mask is not None and not mask.all()
-                if padded and (mask.dim() != 2 or (mask < 0).any()):
-                    raise ValueError("attention_mask must be (b, t), with a 0 for padding")
-                for name, w in seen:
-                    saw, w = list(w.shape[:-1]), w.reshape(-1, w.shape[-1])  # (tokens, n)
-                    if padded:
-                        if saw not in ([*mask.shape], [mask.numel()]):
-                            raise ValueError(f"{name} saw {saw} tokens, not {[*mask.shape]}")
-                        w = w[mask.flatten().to(w.device) != 0]
-                    total[name] += w.sum(0, dtype=torch.promote_types(w.dtype, torch.float32))
-                    count[name] += len(w)
-                seen.clear()
+                if mask is not None and not mask.all():
+                    raise ValueError("attention_mask has zeros: batch sequences of one length")
+                model(**batch) if isinstance(batch, Mapping) else model(batch)
     finally:
         for module in training:
             module.training = True
@@ -495,74 +475,67 @@ def _gates_by_name(layers, gates):
     if not isinstance(gates, Mapping):
         gates = dict.fromkeys(layers, gates)
     if gates.keys() != layers.keys():
-        raise ValueError(f"gates are for {list(gates)}, the layers are {list(layers)}")
+        raise ValueError(f"gates are for {[*gates]}, but the layers are {[*layers]}")
     return gates
 
 
 def merge_hydralora(model, gates):
-    """Put layer.merge(gates) in the place of each HydraLoRA layer, or raise before any.
+    """Replace each HydraLoRA layer by layer.merge(gates), or raise and change nothing.
 
-    Returns the layers that it took out, by name. gates: one (n,) for all, or a dict of all
-    names, as from mean_gates. Gates of zero take the adapters out: W equals W0.
+    Returns the model; copy.deepcopy it first to keep the adapters. gates: one (n,) for all
+    layers, or a dict with all names, as from mean_gates. Zero gates drop the adapters.
     """
     layers = _adapted_layers(model)
     gates = _gates_by_name(layers, gates)
     _replace(model, {layer: layer.merge(gates[name]) for name, layer in layers.items()})
-    return layers
-
-
-def unmerge_hydralora(model, layers):
-    """Put back the layers that merge_hydralora returned, as they were: .half() or
-    .to() of the model in between does not reach them."""
-    old = {}
-    for name, layer in layers.items():
-        merged = model.get_submodule(name)
-        if not isinstance(merged, nn.Linear):
-            raise ValueError(f"the model has no merged nn.Linear at {name}")
-        old[merged] = layer.train(merged.training)
-    _replace(model, old)
+    return model
 
 
 # ---- Files ----
 def hydralora_state_dict(model):
     """The adapter: NAME.lora_A (r, k), NAME.lora_B (n, d, r), NAME.router.weight (n, k).
 
-    Keep inject_hydralora's arguments beside it: it has no lora_alpha. Its tensors are the
-    model's own: clone them to keep a state.
+    Save inject_hydralora's arguments too: lora_alpha is not in it. The tensors are the
+    model's own: clone them for a snapshot.
     """
     state = {f"{name}.{key}": t for name, layer in _adapted_layers(model).items()
              for key, t in layer.state_dict().items() if not key.startswith("base.")}
-    if any(type(t) is not torch.Tensor or t.is_meta for t in state.values()):
-        raise ValueError("the adapters are on meta, or sharded")
+    _refuse_meta_and_sharded(state)
     return state
+
+
+def _refuse_meta_and_sharded(state):
+    for key, t in state.items():
+        if type(t) not in (torch.Tensor, nn.Parameter) or t.is_meta:
+            raise ValueError(f"{key} is on meta, or sharded")
 
 
 @torch.no_grad()
 def load_hydralora_state_dict(model, state):
     """Copy an adapter into an injected model, all of it or, with a ValueError, nothing."""
     own = hydralora_state_dict(model)  # shares the parameters' memory
-    fits, given = ({key: "meta" if t.is_meta else tuple(t.shape) for key, t in tensors.items()}
-                   for tensors in (own, state))
-    wrong = [key for key in {**given, **fits} if fits.get(key) != given.get(key)]
+    _refuse_meta_and_sharded(state)
+    shapes, given = ({key: (*t.shape,) for key, t in tensors.items()} for tensors in (own, state))
+    wrong = [key for key in given | shapes if shapes.get(key) != given.get(key)]
     if wrong:
-        raise ValueError(f"{len(wrong)} keys do not fit, first {wrong[0]}: model "
-                         f"{fits.get(wrong[0])}, state {given.get(wrong[0])}")
+        raise ValueError(f"{len(wrong)} keys do not match, first {wrong[0]}: model "
+                         f"{shapes.get(wrong[0])}, state {given.get(wrong[0])}")
     for key, t in own.items():
         t.copy_(state[key])
 
 
 def from_official_state_dict(state):
-    """Official keys to ours: NAME.lora_A.weight, lora_B0.weight ..., lora_route.weight.
+    """Convert official keys: NAME.lora_A.weight, lora_B0.weight ..., lora_route.weight.
 
-    PEFT's prefix may stand before them. None holds lora_alpha: inject with the run's.
-    ValueError for another key, or heads with a gap.
+    PEFT's prefix is allowed. lora_alpha is not stored: inject with the run's own.
+    ValueError for any other key, or a missing head.
     """
     ours, heads = {}, {}
     for key, t in state.items():
-        official = re.fullmatch(
-            r"(?:base_model\.model\.)?(.+)\.lora_(A|route|B(\d+))\.weight", key)
+        official = re.fullmatch(r"(.+)\.lora_(A|route|B(\d+))\.weight",
+                                key.removeprefix("base_model.model."))
         if not official:
-            raise ValueError(f"no official HydraLoRA checkpoint: it has {key}")
+            raise ValueError(f"not an official HydraLoRA checkpoint: it has {key}")
         name, part, i = official.groups()
         if i:
             heads.setdefault(name, {})[int(i)] = t  # (d, r)
@@ -576,28 +549,26 @@ def from_official_state_dict(state):
 
 
 def export_lora(model, gates):
-    """A plain LoRA for fixed gates, as for merge_hydralora: returns (state, config).
-    **One fixed mixture can ruin the model, see mean_gates.**
+    """A plain LoRA for fixed gates, given as to merge_hydralora: returns (state, config).
 
-    For PEFT's adapter_model.safetensors (or .bin) and adapter_config.json. Lower ranks are
-    filled up with zeros. PEFT matches the ends of names: another layer may get an adapter
-    of zeros, which changes nothing. From 0.20 on PEFT takes gate_proj, up_proj and down_proj
-    of mixture-of-experts models (deepseek_v3, glm4_moe, qwen3_moe, qwen3_next ...) for the
-    fused experts' and, with a warning, loads nothing: merge there.
+    Save them as PEFT's adapter_model.safetensors (or .bin) and adapter_config.json. Lower
+    ranks are zero-padded. PEFT matches name suffixes, so another layer may get an all-zero
+    adapter, which has no effect. PEFT 0.20+ mistakes gate_proj, up_proj and down_proj of
+    many MoE models for the fused experts' and loads nothing, with a warning: merge instead.
     """
-    hydralora_state_dict(model)  # refuses adapters without values
-    layers = hydralora_layers(model)
+    layers = _adapted_layers(model)
     names = [name for name, module in model.named_modules(remove_duplicate=False)
              if isinstance(module, HydraLoRALinear)]
-    if names != list(layers) or "" in layers:
-        raise ValueError("PEFT needs one name for each layer")
-    gates, state = _gates_by_name(layers, gates), {}
-    r = max(layer.r for layer in layers.values())
-    for name, layer in layers.items():
-        A, B = layer.to_lora(gates[name])
-        A = F.pad(A, (0, 0, 0, r - layer.r))            # (r, k)
-        B = F.pad(layer.scaling * B, (0, r - layer.r))  # (d, r)
-        state[f"base_model.model.{name}.lora_A.weight"] = A
-        state[f"base_model.model.{name}.lora_B.weight"] = B
-    config = dict(peft_type="LORA", target_modules=list(layers), r=r, lora_alpha=r)
+    if names != [*layers] or "" in layers:
+        raise ValueError("PEFT needs exactly one name for each layer")
+    gates = _gates_by_name(layers, gates)
+    loras = {name: layer.to_lora(gates[name]) for name, layer in layers.items()}
+    r = max(len(A) for A, _ in loras.values())
+    state = {}
+    for name, (A, B) in loras.items():
+        prefix, missing = f"base_model.model.{name}", r - len(A)
+        state[f"{prefix}.lora_A.weight"] = F.pad(A, (0, 0, 0, missing))  # (r, k)
+        state[f"{prefix}.lora_B.weight"] = F.pad(layers[name].scaling * B, (0, missing))  # (d, r)
+    _refuse_meta_and_sharded(state)
+    config = dict(peft_type="LORA", target_modules=[*layers], r=r, lora_alpha=r)
     return state, config  # PEFT scales by lora_alpha / r = 1
