@@ -1,595 +1,544 @@
 # SPDX-License-Identifier: MIT
-# SPDX-FileCopyrightText: 2026 the authors of HydraLoRA in one file
+# SPDX-FileCopyrightText: 2026 the "HydraLoRA in one file" authors
 """Do the heads of HydraLoRA specialise, and what are the router and the shared A worth?
 
     python train_toy.py             the experiment: under a minute on a CPU
-    python train_toy.py --paper     README's table, ten seeds: ten minutes on two cores
-    python train_toy.py --tune      the learning rates: an hour
+    python train_toy.py --table     README's table, twenty seeds: TIME on two cores
+    python train_toy.py --tune      the learning rates: TIME
     python train_toy.py --cost      time and memory of the layer
 
-A sequence belongs to a hidden domain, and each domain has a cipher of its own:
+Sequences come from hidden domains, each with its own substitution cipher:
 
-    d b d d a d ...  ? ? ? ? ? ? ...        read: plain symbols, and as many question marks
-                     k f k k c k ...        to be said there: the same symbols, enciphered
+    input:   d b d d a d ...  ? ? ? ? ? ? ...    plaintext, then as many question marks
+    target:                   k f k k c k ...    the same symbols, enciphered
 
-A transformer is pre-trained on one set of ciphers and frozen. Then adapters learn a new set.
-No label says which domain a sequence is from.
+A transformer is pre-trained on one set of ciphers and frozen; then adapters learn new ones.
 
-The world was chosen so that heads go by domain. A router goes by what its layer's input says
-loudest. Here each domain prefers its own third of the symbols, and the first block is trained
-to fetch the symbol, so that the last attention brings the domain to o_proj, where the adapters
-sit. With --fetch 0 chance decides: on seed 30 heads go by symbol, and one LoRA does as well.
+The task is designed so that the heads (the paper's experts B_i) specialise by domain: a router
+follows whatever dominates its input. Each domain prefers its own third of the symbols, and an
+auxiliary loss makes the first block predict the plaintext symbol; so the domain dominates the
+input of the last o_proj, where the adapters are. With --copy-weight 0 chance decides: on seed
+30 the heads specialise by symbol.
 """
 import argparse
 import copy
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
-import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from statistics import mean, median, stdev
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting must not cost a core
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from hydralora import (
-    HydraLoRALinear, TinyConfig, TinyTransformer, hook_gates, hydralora_layers, inject_hydralora,
-    mean_gates, merge_hydralora, num_heads_from_corpus, record_gates, unmerge_hydralora)
+    HydraLoRALinear, TinyConfig, TinyTransformer, hook_gates, hydralora_layers,
+    inject_hydralora, mean_gates, merge_hydralora, num_heads_from_corpus, record_gates)
 
-DOMAINS = 3           # hidden kinds of sequences
-SYMBOLS = 15          # 0 .. SYMBOLS - 1; the token SYMBOLS is the question mark
-PREFERENCE = 4        # how much more often a domain uses a symbol of its own third
-LENGTH = 24           # plain symbols in a sequence, and question marks
-BATCH = 48            # sequences in a step
+DOMAINS = 3
+SYMBOLS = 15  # 0 .. SYMBOLS - 1; the token SYMBOLS is the question mark
+PREFERENCE = 4  # how much more often a domain uses a symbol of its own third
+LENGTH = 32  # plaintext symbols in a sequence, and question marks
+BATCH = 24
 PRETRAIN_STEPS = 400  # on the old ciphers, all weights
-STEPS = 400           # on the new ciphers, the adapter alone
-EVALUATION = 2000     # test sequences
-RANK = 9              # r of HydraLoRA: one head can hold the cipher of a domain
-MODEL = TinyConfig(
-    vocab_size=SYMBOLS + 1,
-    max_position_embeddings=2 * LENGTH,
-    hidden_size=96,
-    intermediate_size=384,
-    num_attention_heads=8)
+STEPS = 400  # on the new ciphers, the adapter alone
+EVALUATION = 1000  # test sequences
+COPY_WEIGHT = 2.0  # of the auxiliary loss
+RANK = 9  # r of HydraLoRA: one head can hold the cipher of a domain
+MODEL = TinyConfig(SYMBOLS + 1, max_position_embeddings=2 * LENGTH, num_attention_heads=8)
 
 
-# ---- The world: a corpus, and a frozen model that knows its old ciphers ----
-class World:
-    """What the methods of one seed share; all see the same batches."""
+# ---- The data ----
+@dataclass
+class Data:
+    tokens: torch.Tensor   # (count, 2 LENGTH): plaintext, question marks
+    targets: torch.Tensor  # (count, LENGTH): ciphertext
+    domain: torch.Tensor   # (count,)
 
-    def __init__(self, seed, device, fetch=1.0):
+    def __getitem__(self, index):
+        return Data(self.tokens[index], self.targets[index], self.domain[index])
+
+
+class Task:
+    """The old and new ciphers of one seed, and sequences sampled from them."""
+
+    def __init__(self, seed, device):
         self.seed, self.device = seed, device
         own = torch.arange(SYMBOLS) % DOMAINS == torch.arange(DOMAINS)[:, None]
         self.frequencies = F.normalize(torch.where(own, PREFERENCE, 1.0), p=1)
-        chance = torch.Generator().manual_seed(seed)
-        ciphers = [torch.randperm(SYMBOLS, generator=chance) for _ in range(2 * DOMAINS)]
+        generator = torch.Generator().manual_seed(seed)
+        ciphers = [torch.randperm(SYMBOLS, generator=generator) for _ in range(2 * DOMAINS)]
         self.old, self.new = torch.stack(ciphers).split(DOMAINS)  # (domains, symbols) each
-        torch.manual_seed(seed)
-        self.model = TinyTransformer(MODEL).to(device)
-        self.top = Top(self.model)
-        self.pretrain(fetch)
-        self.training = self.data(STEPS * BATCH, use=1)
-        self.test = self.data(EVALUATION, use=2)
+        self.training = self.sample(STEPS * BATCH, self.new, stream=1)
+        self.test = self.sample(EVALUATION, self.new, stream=2)
 
-    def sample(self, count, use):
-        """tokens (count, 2 LENGTH), targets (count, LENGTH), domain and data_set (count,).
-        use: 0 pre-training (old ciphers), 1 training, 2 test. A tenth have a data set at
-        random, the others that of their domain."""
-        chance = torch.Generator().manual_seed(1000 * self.seed + use)
-        domain, any_domain = torch.randint(DOMAINS, (2, count), generator=chance)
-        plain = torch.multinomial(
-            self.frequencies[domain], LENGTH, replacement=True, generator=chance)
-        tokens = F.pad(plain, (0, LENGTH), value=SYMBOLS)
-        targets = (self.new if use else self.old)[domain[:, None], plain]
-        mixed = torch.rand(count, generator=chance) < 0.1
-        data_set = torch.where(mixed, any_domain, domain)
-        data = dict(tokens=tokens, targets=targets, domain=domain, data_set=data_set)
-        return SimpleNamespace(**{name: t.to(self.device) for name, t in data.items()})
+    def sample(self, count, ciphers, stream):
+        generator = torch.Generator().manual_seed(1000 * self.seed + stream)
+        domain = torch.randint(DOMAINS, (count,), generator=generator)
+        plain = self.frequencies[domain].multinomial(LENGTH, True, generator=generator)
+        data = F.pad(plain, (0, LENGTH), value=SYMBOLS), ciphers[domain[:, None], plain], domain
+        return Data(*(t.to(self.device) for t in data))
 
-    def below(self, tokens):
-        """What the last block reads: h (b, 2 LENGTH, width)."""
-        h = self.model.embed(tokens)
-        for layer in self.model.layers[:-1]:
-            h = layer(h)
-        return h
-
-    def pretrain(self, fetch):
-        """fetch: the weight of a second loss: the first block has to say the plain symbol."""
-        data = self.sample(PRETRAIN_STEPS * BATCH, use=0)
-
-        def loss_of(batch):
-            h = self.below(data.tokens[batch])
-            said = self.model.lm_head(self.model.norm(h[:, LENGTH:]))  # after one block
-            loss = (cross_entropy(self.top(h), data.targets[batch])
-                    + fetch * cross_entropy(said, data.tokens[batch, :LENGTH]))
-            if batch.start % (100 * BATCH) == 0:
-                print(f"   pre-training, step {batch.start // BATCH}: both losses {loss:.2f}")
-            return loss
-
-        train(loss_of, [dict(params=self.model.parameters(), lr=3e-3)], PRETRAIN_STEPS)
-        self.model.requires_grad_(False)
-
-    @torch.no_grad()
-    def data(self, count, use):
-        """Sequences with new ciphers, and h and x of the frozen model, computed once."""
-        data = self.sample(count, use)
-        data.h = torch.cat([self.below(part) for part in data.tokens.split(BATCH)])
-        data.x = torch.cat([self.top.attention(part) for part in data.h.split(BATCH)])
-        return data
-
-    def bayes_accuracy(self, data):
-        """The limit without labels: the best guess by all frequencies."""
-        plain = data.tokens[:, :LENGTH].cpu()
+    def bayes_accuracy(self):
+        """Bayes-optimal accuracy, without labels, in percent."""
+        plain = self.test.tokens[:, :LENGTH].cpu()
         posterior = self.frequencies.log()[:, plain].sum(2).softmax(0)  # (domains, count)
-        answers = F.one_hot(self.new[:, plain], SYMBOLS).float()  # of each domain
+        answers = F.one_hot(self.new[:, plain], SYMBOLS).float()
         votes = torch.einsum("dc,dcls->cls", posterior, answers)  # (count, LENGTH, symbols)
-        return accuracy(votes.to(self.device), data).mean().item()
+        return 100 * (votes.argmax(-1) == self.test.targets.cpu()).float().mean().item()
 
 
-class Top(nn.Module):
-    """The last block and lm_head, at the question marks alone."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.block, self.norm, self.lm_head = model.layers[-1], model.norm, model.lm_head
-
-    def attention(self, h):
-        """x, what o_proj reads: h (b, 2 LENGTH, width) -> (b, LENGTH, width)."""
-        return self.block.attention(h)[:, LENGTH:]
-
-    def forward(self, h, x=None):
-        """h, and x if it is known -> logits (b, LENGTH, vocabulary)."""
-        if x is None or isinstance(self.block.q_proj, HydraLoRALinear):
-            x = self.attention(h)
-        h = self.block.feed_forward(h[:, LENGTH:] + self.block.o_proj(x))
-        return self.lm_head(self.norm(h))
-
-
-def cross_entropy(logits, targets):
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-def train(loss_of, groups, steps):
-    """Adam on OneCycle, which moves beta1 too. Each step takes the next batch."""
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [group["lr"] for group in groups], total_steps=steps)
+# ---- Training, and the frozen model ----
+def train(loss_of, parameters, lr, data, name, tell):
+    """Adam, with learning rate and beta1 on a one-cycle schedule; one pass over the data."""
+    steps = len(data.tokens) // BATCH
+    optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for step in range(steps):
-        loss = loss_of(slice(step * BATCH, (step + 1) * BATCH))
+        loss = loss_of(data[step * BATCH:(step + 1) * BATCH])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+        if step % 100 == 0:
+            tell(f"   {name}, step {step}: loss {loss.item():.2f}")
 
 
-def accuracy(logits, data):
-    """Percent of the enciphered symbols that are right in each sequence: (count,)."""
-    return 100 * (logits.argmax(-1) == data.targets).float().mean(1)
+def pretrain(task, copy_weight, tell):
+    """A transformer that knows the old ciphers, frozen."""
+    torch.manual_seed(task.seed)
+    model = TinyTransformer(MODEL).to(task.device)
+    first, last = model.layers
 
+    def loss_of(batch):
+        h = first(model.embed(batch.tokens))  # (b, 2 LENGTH, width)
+        early, late = (model.lm_head(model.norm(h[:, LENGTH:])) for h in (h, last(h)))
+        auxiliary = F.cross_entropy(early.mT, batch.tokens[:, :LENGTH])
+        return F.cross_entropy(late.mT, batch.targets) + copy_weight * auxiliary
 
-def by_domain(values, domain):
-    """The mean of each domain: (count, ...) -> (domains, ...)."""
-    return torch.stack([values[domain == t].mean(0) for t in range(DOMAINS)])
+    data = task.sample(PRETRAIN_STEPS * BATCH, task.old, stream=0)
+    train(loss_of, model.parameters(), 3e-3, data, "pre-training", tell)
+    return model.requires_grad_(False)
 
 
 # ---- The methods ----
+class LoRAExperts(HydraLoRALinear):
+    """LoRA MoE (Eqs. 5 and 6), sum_i w_i B_i A_i x. All A_i are equal at initialisation."""
+
+    def __init__(self, base, **arguments):
+        super().__init__(base, **arguments)
+        A = self.lora_A.detach().repeat(self.num_heads, 1, 1)  # (n, r, k)
+        self.lora_A = nn.Parameter(A)
+
+    def forward(self, x):
+        y = self.base(x)  # (..., d)
+        x = x.to(self.lora_A.dtype)
+        z = torch.einsum("...k,nrk->...nr", self.lora_dropout(x), self.lora_A)
+        wz = self.gates(x).unsqueeze(-1) * z * self.scaling  # (..., n, r)
+        return y + torch.einsum("...nr,ndr->...d", wz, self.lora_B).to(y.dtype)
+
+
+class LabelRouter(nn.Module):
+    """In the router's place, for LoRA-Split: domain labels choose the head."""
+    labels = None  # (b,), set by predict
+
+    def forward(self, x):
+        w = F.one_hot(self.labels, DOMAINS).to(x)[:, None]  # (b, 1, n)
+        return w.expand(-1, x.shape[1], -1)  # (b, t, n)
+
+
 @dataclass
 class Method:
-    """What is trained, where in the last block, and at which rates."""
-    lr: float         # of all but A
-    factor: float     # A's rate is so many times lr
-    n: int = 1        # heads; one head is LoRA
+    """What is trained, and on which layers."""
+    lr: float
+    n: int = 1  # heads; a single head is a LoRA
     r: int = RANK
-    kind: str = ""    # "whole": an A for each head; "layer": no adapter, o_proj itself
-    labels: str = ""  # "data set" or "domain": what names the head in training
-    places: tuple = ("o_proj",)
+    layer: type = HydraLoRALinear  # None: full fine-tuning
+    targets: tuple = ("layers.1.o_proj",)
+    labels: bool = False  # domain labels choose the head
 
 
-def methods(n=DOMAINS, fetch=1.0):
-    """Name -> Method. Ranks make the sizes equal: on o_proj HydraLoRA has r (1 + n) + n
-    vectors, a LoRA 2 r, n whole LoRAs with a router 2 r n + n. The rates are the best of
-    --tune, but HydraLoRA's, where 1.28 gains 0.2; without fetch two need lower ones."""
-    same = (RANK * (1 + n) + n + 1) // 2
-    whole = RANK * (1 + n) // (2 * n)
-    split = RANK * (1 + DOMAINS) // (2 * DOMAINS)  # as HydraLoRA without its router
-    mlp, q_v = ("down_proj",), ("q_proj", "v_proj")
+def methods(n=DOMAINS):
+    """Name -> Method. Ranks make the sizes equal: where k = c d, HydraLoRA has
+    (c r + n r + c n) d parameters, a LoRA (c + 1) r d."""
+    def lora_rank(r, c=1):
+        return math.ceil((c * r + n * r + c * n) / (c + 1))
+
+    mlp, q_v = ("layers.1.down_proj",), ("layers.1.q_proj", "layers.1.v_proj")
+    each = round(RANK * (1 + n) / (2 * n))  # the rank of n LoRAs
     return {
-        "LoRA": Method(*((1.28, 0.01) if fetch else (0.08, 0.1)), r=same),
-        "o_proj itself": Method(0.32 if fetch else 0.08, 1, kind="layer"),
-        "LoRA MoE": Method(1.28, 0.1, n, whole, "whole"),
-        "LoRA MoE, same rank": Method(1.28, 0.1, n, RANK, "whole"),
-        "LoRA on down_proj": Method(0.08, 1, r=8, places=mlp),
-        "HydraLoRA on down_proj": Method(0.08, 1, n, 4, places=mlp),
-        "LoRA on q_proj, v_proj": Method(0.08, 0.1, r=10, places=q_v),
-        "HydraLoRA on q_proj, v_proj": Method(0.08, 0.1, n, 4, places=q_v),
-        "LoRA-Split, data sets": Method(1.28, 1, DOMAINS, split, "whole", "data set"),
-        "LoRA-Split, domains": Method(1.28, 0.1, DOMAINS, split, "whole", "domain"),
-        "HydraLoRA": Method(0.32, 1, n)}
+        "LoRA": Method(1.28, r=lora_rank(RANK)),
+        "full fine-tuning of o_proj": Method(0.32, layer=None),
+        "LoRA MoE": Method(0.32, n, each, LoRAExperts),
+        "LoRA MoE, same rank": Method(5.12, n, layer=LoRAExperts),
+        "LoRA-Split": Method(1.28, DOMAINS, 6, LoRAExperts, labels=True),
+        "LoRA on down_proj": Method(0.32, r=lora_rank(4, 4), targets=mlp),
+        "LoRA on q_proj, v_proj": Method(0.02, r=lora_rank(4), targets=q_v),
+        "HydraLoRA on down_proj": Method(0.08, n, 4, targets=mlp),
+        "HydraLoRA on q_proj, v_proj": Method(0.02, n, 4, targets=q_v),
+        "HydraLoRA": Method(1.28, n)}
 
 
-class WholeLoRAs(nn.Module):
-    """sum_i w_i B_i A_i x, from a HydraLoRA layer, whose A all A_i start from: with its router
-    the paper's LoRA MoE (Eqs. 5 and 6), with labels LoRA-Split."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.base, self.router, self.scaling = layer.base, layer.router, layer.scaling
-        self.lora_A = nn.Parameter(layer.lora_A.detach().repeat(layer.num_heads, 1, 1))
-        self.lora_B = layer.lora_B  # (n, d, r); lora_A (n, r, k)
-
-    def forward(self, x):
-        w = self.router(x)  # (b, t, n), with labels (b, 1, n)
-        z = torch.einsum("btk,nrk->btnr", x, self.lora_A)
-        wz = w.unsqueeze(-1) * z * self.scaling  # (b, t, n, r)
-        return self.base(x) + torch.einsum("btnr,ndr->btd", wz, self.lora_B)
-
-
-class Labels(nn.Module):
-    """In the router's place: a sequence has the head of its label."""
-    labels = None  # (b,), set before each call
-
-    def forward(self, x):
-        return F.one_hot(self.labels, DOMAINS).to(x)[:, None]  # (b, 1, n)
-
-
-def adapt(top, seed, method):
-    """A copy of `top` with what the method trains. Methods of one rank start from one A."""
-    top = copy.deepcopy(top)
-    if method.kind == "layer":
-        top.block.o_proj.requires_grad_(True)
-        return top
-    inject_hydralora(
-        top, method.places, num_heads=method.n, r=method.r, lora_alpha=2 * method.r)
+def adapt(model, method, seed):
+    """A copy of the model with the method's adapters. At one seed, all A of one rank start
+    equal, and all routers of one n."""
+    model = copy.deepcopy(model)
+    if method.layer is None:
+        model.layers[-1].o_proj.requires_grad_(True)
+        return model
     torch.manual_seed(seed)
-    for layer in hydralora_layers(top).values():
-        layer.reset_parameters()
-        if method.n == 1:
-            layer.router.requires_grad_(False)  # the gate of one head is 1
-    if method.labels:
-        top.block.o_proj.router = Labels()
-    if method.kind == "whole":
-        top.block.o_proj = WholeLoRAs(top.block.o_proj)
-    return top
-
-
-def fine_tune(world, method):
-    """Adapt the world's model by one method -> (top, what was measured)."""
-    data, test = world.training, world.test
-    top = adapt(world.top, world.seed, method)
-    labels = data.domain if method.labels == "domain" else data.data_set
-
-    def loss_of(batch):
+    inject_hydralora(model, method.targets, method.layer, num_heads=method.n, r=method.r,
+                     lora_alpha=2 * method.r)
+    torch.manual_seed(seed + 1_000_000)  # else a router may start as the first rows of A
+    for layer in hydralora_layers(model).values():
+        layer.router.reset_parameters()
+        layer.router.requires_grad_(method.n > 1)  # the gate of a single head is 1
         if method.labels:
-            top.block.o_proj.router.labels = labels[batch]
-        return cross_entropy(top(data.h[batch], data.x[batch]), data.targets[batch])
+            layer.router = LabelRouter()
+    return model
 
-    trained = {name: p for name, p in top.named_parameters() if p.requires_grad}
-    train(loss_of, [
-        dict(params=[p], lr=method.lr * (method.factor if name.endswith("lora_A") else 1))
-        for name, p in trained.items()], STEPS)
-    if method.labels:  # in the test the true domain chooses
-        top.block.o_proj.router.labels = test.domain
-    right = accuracy(predict(top, test), test)  # (count,)
-    return top, dict(size=sum(p.numel() for p in trained.values()), accuracy=right.mean().item(),
-                     by_domain=by_domain(right, test.domain).tolist())
+
+def predict(model, data):
+    """Logits at the question marks: (count, LENGTH, vocab_size)."""
+    LabelRouter.labels = data.domain
+    return model(data.tokens)[:, LENGTH:]
 
 
 @torch.no_grad()
-def predict(top, data):
-    """The logits of a whole set: (count, LENGTH, vocabulary)."""
-    return top(data.h, data.x)
+def accuracy(model, data):
+    """Percent of correct symbols in each sequence: (count,)."""
+    return 100 * (predict(model, data).argmax(-1) == data.targets).float().mean(1)
 
 
-# ---- A look at the heads, and merging ----
-def gates_of(top, data):
-    """w for each enciphered symbol: (count, LENGTH, n)."""
-    with record_gates(top) as gates:
-        predict(top, data)
-    return gates["block.o_proj"]
+def group_means(values, group, groups):
+    """values (m, ...), group (m,) -> the mean of each group: (groups, ...)."""
+    members = F.one_hot(group, groups).to(values)  # (m, groups)
+    return torch.einsum("mg,m...->g...", members / members.sum(0), values)
+
+
+def fine_tune(task, model, method, name, tell):
+    """Train a copy of the model by one method; returns the copy and its results."""
+    model = adapt(model, method, task.seed)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    train(lambda batch: F.cross_entropy(predict(model, batch).mT, batch.targets),
+          trained, method.lr, task.training, name, tell)
+    correct = accuracy(model, task.test)
+    return model, dict(size=sum(p.numel() for p in trained),
+                       accuracy=correct.mean().item(),
+                       by_domain=group_means(correct, task.test.domain, DOMAINS).tolist())
+
+
+# ---- A look at the heads of any adapted model ----
+@torch.no_grad()
+def gates_of(model, data):
+    """w of the last adapted layer at the question marks: (count, LENGTH, n)."""
+    with record_gates(model) as gates:
+        predict(model, data)
+    return [*gates.values()][-1][:, LENGTH:]
 
 
 def nmi(w, domain):
-    """Normalised mutual information, 2 I(domain; head) / (H(domain) + H(head)), where each
-    token draws its head from its gates w (count, LENGTH, n)."""
-    share = torch.bincount(domain, minlength=DOMAINS) / len(domain)  # (domains,)
-    joint = share[:, None] * by_domain(w.mean(1), domain)  # (domains, n)
+    """2 I(domain; head) / (H(domain) + H(head)), where each token draws its head from its
+    gates w (count, LENGTH, n)."""
+    w = w / w.sum(-1, keepdim=True)
+    joint = F.one_hot(domain, DOMAINS).to(w).T @ w.mean(1) / len(w)  # (domains, n)
     of_domain, of_head, of_both = (
         torch.special.entr(p).sum().item() for p in (joint.sum(1), joint.sum(0), joint))
     return 2 * (of_domain + of_head - of_both) / (of_domain + of_head)
 
 
-def averaged_by_symbol(w, data):
-    """What of the gates the symbols explain: w, averaged over the tokens of a symbol."""
-    plain = data.tokens[:, :LENGTH]
-    mean = torch.stack([w[plain == symbol].mean(0) for symbol in range(SYMBOLS)])
-    return mean[plain]  # (count, LENGTH, n)
-
-
-def said_by_input(data):
-    """The shares of domain, symbol, and only both together in the variance of the means of
-    x over the tokens of each domain and symbol."""
-    plain, domain = data.tokens[:, :LENGTH], data.domain[:, None]
-    mean = torch.stack([
-        torch.stack([data.x[(domain == t) & (plain == s)].mean(0) for s in range(SYMBOLS)])
-        for t in range(DOMAINS)])  # (domains, symbols, width)
-    mean = mean - mean.mean((0, 1))
-    parts = dict(domain=mean.mean(1, keepdim=True), symbol=mean.mean(0, keepdim=True))
-    parts["both"] = mean - parts["domain"] - parts["symbol"]
-    return {name: (part.expand_as(mean).square().sum() / mean.square().sum()).item()
+@torch.no_grad()
+def variance_shares(model, data):
+    """Two-way ANOVA of the mean input of the last o_proj for each (domain, symbol) pair: the
+    share of the variance that each explains."""
+    inputs = []
+    with model.layers[-1].o_proj.register_forward_pre_hook(lambda _, x: inputs.extend(x)):
+        model(data.tokens)
+    x = inputs[0][:, LENGTH:].flatten(0, 1)  # (count LENGTH, width)
+    pair = data.domain[:, None] * SYMBOLS + data.tokens[:, :LENGTH]  # (count, LENGTH)
+    means = group_means(x, pair.flatten(), DOMAINS * SYMBOLS).unflatten(0, (DOMAINS, SYMBOLS))
+    means = means - means.mean((0, 1))  # (domains, symbols, width)
+    parts = dict(domain=means.mean(1, keepdim=True), symbol=means.mean(0, keepdim=True))
+    parts["interaction"] = means - parts["domain"] - parts["symbol"]
+    return {name: (part.expand_as(means).norm() / means.norm()).square().item()
             for name, part in parts.items()}
 
 
-def knock_out(top, data):
+def ablate_heads(model, data, n):
     """Points of accuracy that each domain loses without one of the heads: (domains, n)."""
-    n, right = top.block.o_proj.num_heads, []
-    for kept in torch.cat([torch.ones(1, n), 1 - torch.eye(n)]).to(data.x):
-        with hook_gates(top, lambda name, w: w * kept):
-            right.append(by_domain(accuracy(predict(top, data), data), data.domain))
-    with_all, *without_one = right
-    return with_all[:, None] - torch.stack(without_one, dim=1)
-
-
-def merged_accuracy(top, world, chosen):
-    """Accuracy of each test sequence, merged for the mean gates of training ones."""
-    h, x = (t[:1000][chosen[:1000]] for t in (world.training.h, world.training.x))
-    gates = mean_gates(top, [dict(h=h, x=x)])
-    layers = merge_hydralora(top, gates)
-    right = accuracy(predict(top, world.test), world.test)  # (count,)
-    unmerge_hydralora(top, layers)
-    return right
-
-
-# ---- The experiment, told as it runs ----
-MAIN_RUN = ["LoRA", "o_proj itself", "LoRA MoE", "LoRA on down_proj", "HydraLoRA"]
-
-
-def experiment(seed, device, names, heads=None, fetch=1.0):
-    """Prints what comes out, and returns it as a dict."""
-    print(f"HydraLoRA on {DOMAINS} hidden domains: seed {seed}, fetch {fetch:g}, {device}")
-    print("   Each domain enciphers symbols in its own way, and no label tells the domain.")
-    print("   A transformer learns old ciphers and is frozen; then adapters learn new ones.\n")
-    world = World(seed, device, fetch)
-    test, domain = world.test, world.test.domain
-
-    found, sse = num_heads_from_corpus(world.training.tokens[:600, :LENGTH].tolist())
-    n = heads or found
-    print(f"\n1. How many heads? k-means on 600 sequences: n = {found}; used: {n}")
-    print("   SSE of 1, 2, ... centres:", *map(round, sse))
-
-    print("\n2. Percent of the enciphered symbols that are right, with the new ciphers")
-    print("   On the last o_proj, unless a name says where. LoRA MoE has an A for each head.\n")
-    tops, results = {}, {}
-    for name in names:
-        tops[name], results[name] = fine_tune(world, methods(n, fetch)[name])
-        print("   {:28}{size:6,} parameters {accuracy:6.1f}".format(name, **results[name]))
-    bayes = world.bayes_accuracy(test)
-    print(f"   The limit without labels: {bayes:.1f}")
-
-    top = tops["HydraLoRA"]
-    said, w = said_by_input(test), gates_of(top, test)
-    print("\n3. Do the heads, the matrices B_i, go by domain? What the layer reads differs by")
-    print("  ", ", ".join(f"{name}: {100 * share:.0f} %" for name, share in said.items()),
-          "(of the variance of its means over each domain and symbol).")
-    print("   A sequence of each domain, and the head with the largest gate at each symbol:\n")
-    for t in range(DOMAINS):
-        first = domain.tolist().index(t)
-        print(f"   domain {t}  ", *(chr(97 + i) for i in test.tokens[first, :LENGTH]))
-        print("   head      ", *w[first].argmax(-1).tolist())
-    print("\n   Mean gate of each head, and points of accuracy that are lost without it:\n")
-    gates, lost = by_domain(w.mean(1), domain), knock_out(top, test)
-    for t in range(DOMAINS):
-        print(f"   domain {t}", *(f"| {gate:.2f} {points:5.1f} "
-                                  for gate, points in zip(gates[t], lost[t])))
-    by_symbol = averaged_by_symbol(w, test)
-    scores = dict(router=nmi(w, domain), symbols=nmi(by_symbol, domain))
-    print("\n   NMI, how much a head says of the domain, from 0, nothing, to 1, a head each:")
-    print(f"   {scores['router']:.2f}; what symbols explain of it: {scores['symbols']:.2f}")
-
-    known = [merged_accuracy(top, world, world.training.domain == t)[domain == t]
-             for t in range(DOMAINS)]
-    merged = dict(known=torch.cat(known).mean().item(),
-                  all=merged_accuracy(top, world, world.training.domain >= 0).mean().item())
-    print("\n4. Merged into one plain layer for the sequence's domain, told by a label: "
-          f"{merged['known']:.1f}; for all: {merged['all']:.1f}\n")
-
-    gain = results["HydraLoRA"]["accuracy"] - results["LoRA"]["accuracy"]
-    checks = {"NMI is 0.5 or more": scores["router"] >= 0.5,
-              "symbols explain 0.2 less of it": scores["symbols"] <= scores["router"] - 0.2,
-              "HydraLoRA is ahead of LoRA": gain > 0}
-    if all([*checks.values()][:2]):
-        print("The heads go by domain.")
-    else:
-        explained = (by_symbol.var((0, 1)).sum() / w.var((0, 1)).sum()).nan_to_num()
-        print(f"The heads do not go by domain: {DOMAINS} domains have "
-              f"{len(gates.argmax(1).unique())} main heads,\n"
-              f"and the symbol explains {100 * explained:.0f} % of the gates.")
-    for name in ("LoRA", "LoRA MoE", "LoRA on down_proj"):
-        points = results["HydraLoRA"]["accuracy"] - results[name]["accuracy"]
-        print(f"HydraLoRA is {abs(points):.1f} points {'ahead of' if points > 0 else 'behind'} "
-              f"{name}.")
-    return dict(
-        seed=seed, fetch=fetch, device=device, heads_found=found, num_heads=n, sse=sse, bayes=bayes,
-        input=said, methods=results, nmi=scores, gates=gates.tolist(), lost=lost.tolist(),
-        merged=merged, gain=gain, checks=checks, passed=all(checks.values()))
-
-
-# ---- --paper and --tune: all methods on several seeds ----
-TUNING_SEEDS = range(5)
-REPORTED_SEEDS = range(40, 50)  # no rate was chosen on them
-RATES, FACTORS = (0.005, 0.02, 0.08, 0.32, 1.28), (1, 0.1, 0.01)
-
-
-def paper_seed(seed, device):
-    return experiment(seed, device, list(methods()), DOMAINS)
-
-
-def tune_seed(seed, device):
-    world, results = World(seed, device), {}
-    for (name, method), factor, lr in itertools.product(methods().items(), FACTORS, RATES):
-        _, measured = fine_tune(world, replace(method, lr=lr, factor=factor))
-        results[name, factor, lr] = measured["accuracy"]
-    return results
-
-
-def start_process():
-    torch.set_num_threads(1)
-    sys.stdout = None  # an experiment speaks where it is alone
-
-
-def all_seeds(function, seeds, device):
-    """function(seed, device) of each seed, in as many processes as cores."""
     results = []
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), start_process) as pool:
-        for result in pool.imap(functools.partial(function, device=device), seeds):
+    for kept in torch.cat([torch.ones(1, n), 1 - torch.eye(n)]).to(data.tokens.device):
+        with hook_gates(model, lambda name, w: w * kept):
+            results.append(group_means(accuracy(model, data), data.domain, DOMAINS))
+    return results[0][:, None] - torch.stack(results[1:], dim=1)
+
+
+def merged_accuracy(model, calibration, test):
+    """Accuracy in each test sequence, merged with the mean gates of training data."""
+    gates = mean_gates(model, [calibration.tokens])
+    return accuracy(merge_hydralora(copy.deepcopy(model), gates), test)
+
+
+@torch.no_grad()
+def subspace_overlap(matrices):
+    """Mean squared cosine between the column spaces of pairs of (n, width, r) matrices."""
+    Q = torch.linalg.qr(matrices.cpu()).Q
+    pairs = itertools.combinations(Q, 2)
+    return mean((a.T @ b).square().sum().item() / a.shape[1] for a, b in pairs)
+
+
+# ---- The experiment ----
+MAIN_RUN = ("LoRA", "LoRA MoE", "LoRA on down_proj", "HydraLoRA")
+
+
+def experiment(seed, device, names=MAIN_RUN, heads=None, copy_weight=COPY_WEIGHT, tell=print):
+    """Tells what it finds, and returns it as a dict."""
+    tell(f"HydraLoRA on {DOMAINS} hidden domains: seed {seed}, {device}\n"
+         "   Each domain has its own substitution cipher; domain labels are never given.\n"
+         "   A transformer learns old ciphers and is frozen; then adapters learn new ones.\n")
+    task = Task(seed, device)
+    test, domain = task.test, task.test.domain
+    model = pretrain(task, copy_weight, tell)
+
+    found, sse = num_heads_from_corpus(task.training.tokens[:600, :LENGTH].tolist())
+    n = heads or found
+    tell(f"\n1. How many heads? k-means on 600 sequences suggests n = {found}; using n = {n}\n"
+         "   SSE of 1, 2, ... centres:", *map(round, sse))
+
+    tell("\n2. Adapters on the last o_proj, unless named. LoRA MoE has one A per head.\n")
+    models, results = {}, {}
+    for name in names:
+        models[name], results[name] = fine_tune(task, model, methods(n)[name], name, tell)
+    bayes = task.bayes_accuracy()
+    tell("\n   Test accuracy on the new ciphers, in percent:\n")
+    for name, result in results.items():
+        tell("   {:28}{size:6,} parameters {accuracy:6.1f}".format(name, **result))
+    tell(f"   {'Bayes-optimal, without labels':46}{bayes:6.1f}")
+
+    hydra, shares = models["HydraLoRA"], variance_shares(model, test)
+    w, plain = gates_of(hydra, test), test.tokens[:, :LENGTH]  # (count, LENGTH, n)
+    by_symbol = group_means(w.flatten(0, 1), plain.flatten(), SYMBOLS)[plain]
+    gates = group_means(w.mean(1), domain, DOMAINS)  # (domains, n)
+    lost = ablate_heads(hydra, test, n)
+    scores = dict(router=nmi(w, domain), symbols=nmi(by_symbol, domain))
+    tell("\n3. Do the heads B_i specialise by domain? Variance of o_proj's mean input explained\n"
+         "  ", ", ".join(f"by {name}: {100 * share:.0f} %" for name, share in shares.items()))
+    tell("\n   One sequence of each domain, and the head with the largest gate at each symbol:\n")
+    for t in range(DOMAINS):
+        row = domain.tolist().index(t)
+        tell(f"   domain {t}  ", *(chr(ord("a") + symbol) for symbol in plain[row]))
+        tell("   head      ", *w[row].argmax(-1).tolist())
+    tell("\n   Mean gate of each head, and accuracy lost (in points) without it:\n")
+    tell("            |", "      | ".join(f"head {i}" for i in range(n)))
+    for t in range(DOMAINS):
+        points = [round(value, 1) + 0.0 for value in lost[t].tolist()]  # 0.0 for -0.0
+        tell(f"   domain {t}", *map("{:.2f} {:6.1f}".format, gates[t], points), sep=" | ")
+    tell("\n   NMI of head and domain (0: independent, 1: one head per domain): "
+         f"{scores['router']:.2f};\n   from the symbol alone: {scores['symbols']:.2f}")
+
+    sample = task.training[:1000]
+    known = torch.cat([merged_accuracy(hydra, sample[sample.domain == t], test[domain == t])
+                       for t in range(DOMAINS)]).mean().item()
+    merged = dict(known=known, all=merged_accuracy(hydra, sample, test).mean().item())
+    tell("\n4. Accuracy merged, with the mean gates of the true domain: "
+         f"{merged['known']:.1f}; of all domains: {merged['all']:.1f}\n")
+
+    specialised = scores["router"] >= 0.5 and scores["symbols"] <= scores["router"] - 0.2
+    symbol_share = (by_symbol.var((0, 1)).sum() / w.var((0, 1)).sum()).nan_to_num()
+    tell("The heads specialise by domain." if specialised else
+         "The heads do not specialise by domain: the symbol explains "
+         f"{100 * symbol_share:.0f} % of the gates' variance.")
+    ours = results["HydraLoRA"]["accuracy"]
+    for name in names:
+        if name != "HydraLoRA":
+            points = ours - results[name]["accuracy"]
+            place = "ahead of" if points > 0 else "behind"
+            tell(f"HydraLoRA is {abs(points):.1f} points {place} {name}.")
+    gain = ours - results["LoRA"]["accuracy"]
+    checks = {"heads specialise by domain": specialised, "HydraLoRA is ahead of LoRA": gain > 0}
+    overlap = {}
+    if "LoRA-Split" in models:
+        split = models["LoRA-Split"].layers[-1].o_proj
+        overlap = dict(A=subspace_overlap(split.lora_A.mT), B=subspace_overlap(split.lora_B),
+                       chance=split.r / split.in_features)
+    return dict(
+        seed=seed, copy_weight=copy_weight, device=device, heads_found=found, num_heads=n,
+        sse=sse, bayes=bayes, input_variance=shares, methods=results, nmi=scores,
+        gates=gates.tolist(), lost=lost.tolist(), merged=merged, overlap=overlap, gain=gain,
+        checks=checks, passed=all(checks.values()))
+
+
+# ---- --table and --tune: all methods on several seeds ----
+TABLE_SEEDS = range(50, 70)  # not used for tuning
+TUNING_SEEDS = range(10)
+RATES = (0.005, 0.02, 0.08, 0.32, 1.28, 5.12)
+
+
+def silent(*_, **__):
+    pass
+
+
+def all_seeds(seeds, function, **arguments):
+    """function(seed, **arguments) of each seed, in as many processes as cores."""
+    results, spawn = [], multiprocessing.get_context("spawn")
+    with spawn.Pool(os.cpu_count(), torch.set_num_threads, (1,)) as pool:
+        for result in pool.imap(functools.partial(function, **arguments), seeds):
             results.append(result)
             print(f"{len(results)} of {len(seeds)} seeds", file=sys.stderr)
     return results
 
 
-def tune(device):
-    seeds = all_seeds(tune_seed, TUNING_SEEDS, device)
-    for name, factor in itertools.product(methods(), FACTORS):
-        means = [statistics.mean(seed[name, factor, lr] for seed in seeds) for lr in RATES]
-        print(f"{name:28} A x{factor:<5}", *(f"{lr}: {mean:.2f}" for lr, mean in zip(RATES, means)))
-
-
-def spread(values, sign=""):
-    deviation = statistics.stdev(values)
-    digits = 1 if deviation >= 0.5 else 2
-    return f"{statistics.mean(values):{sign}.{digits}f} +- {deviation:.{digits}f}"
-
-
-def paper(device):
-    """Prints Markdown for README.md, returns what was measured."""
-    seeds = all_seeds(paper_seed, REPORTED_SEEDS, device)
-    right = {name: [seed["methods"][name]["accuracy"] for seed in seeds] for name in methods()}
-    print("| HydraLoRA against | parameters, its:ours | accuracy | ahead by +- std | seeds ahead |")
-    print("| --- | --- | --- | --- | --- |")
-    for name, its in right.items():
-        if not name.startswith("HydraLoRA"):
-            ours = f"Hydra{name}" if f"Hydra{name}" in right else "HydraLoRA"
-            size, our_size = (seeds[0]["methods"][key]["size"] for key in (name, ours))
-            ahead = [a - b for a, b in zip(right[ours], its)]  # on the same seed
-            print(f"| {name} | {size:,}:{our_size:,} | {statistics.mean(its):.1f} "
-                  f"| {spread(ahead, '+')} | {sum(a > 0 for a in ahead)}/{len(ahead)} |")
-    lines = dict(right)
-    for what, key in (("merged", "known"), ("merged", "all"), ("nmi", "router"),
-                      ("nmi", "symbols"), ("input", "domain")):
-        lines[f"{what}, {key}"] = [seed[what][key] for seed in seeds]
-    for what, values in lines.items():
-        print(f"- {what}: {spread(values)}, from {min(values):.2f} to {max(values):.2f}")
+def table(device):
+    """Prints README's table, returns the results of each seed."""
+    seeds = all_seeds(TABLE_SEEDS, experiment, device=device, names=[*methods()],
+                      heads=DOMAINS, tell=silent)
+    print("| baseline | parameters, its:ours | accuracy, its:ours | HydraLoRA gains +- std | "
+          "seeds won |\n| --- | --- | --- | --- | --- |")
+    hydra = {method.targets: name for name, method in methods().items() if "Hydra" in name}
+    for name, method in methods().items():
+        if name not in hydra.values():
+            pair = name, hydra[method.targets]
+            size = [seeds[0]["methods"][key]["size"] for key in pair]
+            scores = [[seed["methods"][key]["accuracy"] for seed in seeds] for key in pair]
+            gains = [ours - its for its, ours in zip(*scores)]  # on the same seed
+            print("| {} | {:,}:{:,} | {:.1f}:{:.1f} | {:+.1f} +- {:.1f} | {}/{} |".format(
+                name, *size, *map(mean, scores), mean(gains), stdev(gains),
+                sum(gain > 0 for gain in gains), len(gains)))
+    print()
+    for what in ("nmi", "input_variance", "merged", "overlap"):
+        for key in seeds[0][what]:
+            values = [seed[what][key] for seed in seeds]
+            print(f"- {what}, {key}: {mean(values):.2f} +- {stdev(values):.2f}, "
+                  f"from {min(values):.2f} to {max(values):.2f}")
+    specialised = sum(seed["checks"]["heads specialise by domain"] for seed in seeds)
+    more = sum(seed["overlap"]["A"] > seed["overlap"]["B"] for seed in seeds)
+    print(f"- The heads specialise by domain on {specialised} of {len(seeds)} seeds.\n"
+          f"- LoRA-Split's A_i overlap more than its B_i on {more} of {len(seeds)} seeds.")
     return seeds
 
 
+def tune_seed(seed, device, name, copy_weight):
+    """The accuracy at each of the learning rates."""
+    task = Task(seed, device)
+    model, method = pretrain(task, copy_weight, silent), methods()[name]
+    return [fine_tune(task, model, replace(method, lr=lr), name, silent)[1]["accuracy"]
+            for lr in RATES]
+
+
+def tune(device, method, copy_weight):
+    for name in [method] if method else methods():
+        seeds = all_seeds(
+            TUNING_SEEDS, tune_seed, device=device, name=name, copy_weight=copy_weight)
+        for lr, scores in zip(RATES, zip(*seeds)):
+            print(f"{name:28} learning rate {lr}: mean {mean(scores):.2f}, worst {min(scores):.1f}")
+
+
 # ---- --cost ----
-def loop_over_heads(layer, x):
-    """The official code's way: A x, and a result of y's size, for each head."""
-    y, w = layer.base(x), layer.router(x)
-    for i in range(layer.num_heads):
-        z = F.linear(x, layer.lora_A)  # (tokens, r)
-        y = y + w[..., i, None] * F.linear(z, layer.lora_B[i]) * layer.scaling
-    return y
-
-
 def saved_bytes(function, x, inputs):
-    """Bytes that autograd keeps for backward, beside the inputs."""
-    kept = {}  # address -> bytes
+    """Bytes that autograd saves for backward, without those of the inputs."""
+    saved = {}  # address -> bytes
 
     def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         function(x)
     for t in inputs:
-        kept.pop(t.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
+        saved.pop(t.untyped_storage().data_ptr(), None)
+    return sum(saved.values())
 
 
 def cost(device, sizes=((2048, 1024, 8, 3), (2048, 1024, 8, 10), (512, 4096, 8, 3)), rounds=15):
-    """Prints time and bytes of the layer, as multiples of others'."""
-    print("Forward and backward, and bytes kept between: of the layer, as a multiple of one\n"
-          "LoRA of rank n r, and of a loop over heads")
+    """Time and memory of the layer, relative to two other ways."""
+    print("Time of forward + backward, and bytes saved for backward: the layer relative to\n"
+          "one LoRA of rank n r, and to a loop over the heads")
     for tokens, width, r, n in sizes:
-        layer = HydraLoRALinear(nn.Linear(width, width, device=device), num_heads=n, r=r)
-        A = nn.Linear(width, n * r, bias=False, device=device)
-        B = nn.Linear(n * r, width, bias=False, device=device)
-        x = torch.randn(tokens, width, device=device, requires_grad=True)
-        ways = [layer, lambda x: layer.base(x) + B(A(x) * layer.scaling),
-                lambda x: loop_over_heads(layer, x)]
-        inputs, seconds = [x, A.weight, B.weight, *layer.parameters()], [[], [], []]
+        with torch.device(device):
+            layer = HydraLoRALinear(nn.Linear(width, width), num_heads=n, r=r)
+            A, B = nn.Linear(width, n * r, False), nn.Linear(n * r, width, False)
+            x = torch.randn(tokens, width, requires_grad=True)
+
+        def loop(x):  # as in the official code, which computes A x for each head
+            y, w = layer.base(x), layer.router(x)
+            for i in range(n):
+                z = F.linear(x, layer.lora_A)  # (tokens, r)
+                y = y + w[..., i, None] * F.linear(z, layer.lora_B[i]) * layer.scaling
+            return y
+
+        ways = layer, lambda x: layer.base(x) + B(A(x)), loop
+        inputs, seconds = [x, A.weight, B.weight, *layer.parameters()], ([], [], [])
+        trained = [t for t in inputs if t.requires_grad]
         for _ in range(3 + rounds):  # 3 to warm up
             for way in torch.randperm(3):
-                for t in inputs:
-                    t.grad = None
                 start = time.perf_counter()
-                ways[way](x).backward(torch.ones_like(x))
-                x.grad[0, 0].item()  # waits for a GPU
+                dx, *_ = torch.autograd.grad(ways[way](x).sum(), trained, allow_unused=True)
+                dx[0, 0].item()  # waits for a GPU
                 seconds[way].append(time.perf_counter() - start)
-        ours, of_lora, of_loop = (statistics.median(t[3:]) for t in seconds)
-        kept, by_lora, by_loop = (saved_bytes(way, x, inputs) for way in ways)
+        ours, of_lora, of_loop = (median(t[3:]) for t in seconds)
+        saved, by_lora, by_loop = (saved_bytes(way, x, inputs) for way in ways)
         print(f"{tokens} tokens, width {width}, r {r}, n {n}: time {ours / of_lora:.2f} and "
-              f"{ours / of_loop:.2f}, bytes {kept / by_lora:.2f} and {kept / by_loop:.2f}")
+              f"{ours / of_loop:.2f}, bytes {saved / by_lora:.2f} and {saved / by_loop:.2f}")
 
 
 # ---- Options ----
 def read_options():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"train_toy.py: {message}\n")
-    modes = parser.add_mutually_exclusive_group()
-    for mode in (paper, tune, cost):
-        modes.add_argument(f"--{mode.__name__}", dest="mode", action="store_const", const=mode,
-                           help="see above")
-    parser.add_argument("--seed", type=int, help="0 unless given")
-    parser.add_argument("--heads", type=int, help="1 to 32; found by k-means unless given")
-    parser.add_argument("--fetch", type=float, metavar="WEIGHT",
-                        help="of the first block's own loss; 1 unless given")
-    parser.add_argument("--check", action="store_true",
-                        help="exit 1 unless heads go by domain and beat one LoRA")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda, mps ...; a GPU if there is one")
-    parser.add_argument("--json", metavar="FILE", help="for the experiment's or --paper's numbers")
+    modes, add = parser.add_mutually_exclusive_group(), parser.add_argument
+    for mode in ("table", "tune", "cost"):  # described in the docstring
+        modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode)
+    add("--seed", type=int, default=0, help="of all random numbers (default: 0)")
+    add("--heads", type=int, help="n (default: found by k-means)")
+    add("--copy-weight", type=float, default=COPY_WEIGHT, metavar="WEIGHT",
+        help="of the auxiliary loss (default: %(default)s)")
+    add("--method", choices=methods(), metavar="NAME", help="for --tune (default: all)")
+    add("--check", action="store_true", help="exit 1 unless heads specialise and beat LoRA")
+    add("--json", metavar="FILE", help="for the results, also of --table")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, mps ... (default: a GPU if there is one)")
     options = parser.parse_args()
-    own = (options.seed, options.heads, options.fetch)
-    if options.mode and (options.check or own != (None, None, None)):
-        parser.error("--seed, --heads, --fetch, --check belong to the experiment")
-    for name, value, low, high in zip(
-            ("seed", "heads", "fetch"), own, (0, 1, 0), (999_999_999, 32, 1000)):
-        if value is not None and not low <= value <= high:
-            parser.error(f"--{name} has to be from {low} to {high}")
-    try:  # fail before training, if at all
+
+    allowed = dict(table=["json"], tune=["method", "copy_weight"], cost=[]).get(
+        options.mode, ["seed", "heads", "copy_weight", "check", "json"])
+    for name, value in vars(options).items():
+        if value != parser.get_default(name) and name not in (*allowed, "mode", "device"):
+            parser.error(f"--{name.replace('_', '-')} does not belong to this run")
+    if options.heads is not None and options.heads < 1:
+        parser.error("--heads must be 1 or more")
+    if options.seed < 0 or not 0 <= options.copy_weight < math.inf:
+        parser.error("--seed and --copy-weight must be 0 or more")
+    try:
+        torch.ones(1, device=options.device).item()
         open(options.json or os.devnull, "a").close()
-        torch.ones(1, device=options.device)
-    except OSError as error:
-        parser.error(str(error))
-    except Exception:
-        parser.error(f"there is no device {options.device!r} here")
+    except (RuntimeError, AssertionError, OSError) as error:
+        parser.error(str(error).splitlines()[0])
     return options
 
 
 def main():
     options = read_options()
-    sys.stdout.reconfigure(line_buffering=True)  # also through a pipe
-    if options.mode:
-        result = options.mode(options.device)
-    else:
-        torch.set_num_threads(2)  # the same digits on one core
-        fetch = 1.0 if options.fetch is None else options.fetch
-        result = experiment(options.seed or 0, options.device, MAIN_RUN, options.heads, fetch)
-    if options.json and result:
+    sys.stdout.reconfigure(line_buffering=True)  # also in a pipe
+    torch.set_num_threads(1)  # the same digits on any number of cores
+    if options.mode == "tune":
+        return tune(options.device, options.method, options.copy_weight)
+    if options.mode == "cost":
+        return cost(options.device)
+    result = table(options.device) if options.mode else experiment(
+        options.seed, options.device, heads=options.heads, copy_weight=options.copy_weight)
+    if options.json:
         with open(options.json, "w") as file:
             json.dump(result, file, indent=1)
     if options.check:
         for what, passed in result["checks"].items():
-            print("check:", what, "- yes" if passed else "- NO")
-    return int(options.check and not result["passed"])
+            print(f"check: {what}: {'yes' if passed else 'NO'}")
+        return int(not result["passed"])
 
 
 if __name__ == "__main__":
