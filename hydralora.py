@@ -160,7 +160,7 @@ class HydraLoRALinear(nn.Module):
     def to_lora(self, gates):
         """Eq. 1 for fixed gates (n,): copies of A (r, k) and sum_i gates_i B_i (d, r).
 
-        Averaging the heads' weights averages their outputs (3.2.2). A and the sum are
+        Heads are linear: mixing weights mixes outputs (3.2.2). A and the sum are
         float32 or float64, unscaled.
         """
         if type(self).forward is not HydraLoRALinear.forward:
@@ -244,7 +244,7 @@ class TinyBlock(nn.Module):
     def forward(self, h):
         x = self.attention_norm(h)  # (b, t, width)
         q, k, v = (proj(x).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))  # (b, heads, t, -1)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))  # (b, heads, t, head width)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         h = h + self.o_proj(x.transpose(1, 2).flatten(2))
         return h + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(h))))
@@ -528,7 +528,7 @@ def from_official_state_dict(state):
     """Convert official keys: NAME.lora_A.weight, lora_B0.weight ..., lora_route.weight.
 
     PEFT's prefix is allowed. lora_alpha is not stored: inject with the run's own.
-    ValueError for any other key, or a missing head.
+    ValueError for any other key, or a gap in the heads.
     """
     ours, heads = {}, {}
     for key, t in state.items():

@@ -17,7 +17,7 @@ The task is designed so that the heads (the paper's experts B_i) specialise by d
 router follows whatever dominates its input. Each domain prefers its own third of the
 symbols, and an auxiliary loss makes the first block predict the plaintext symbol, so that
 the domain dominates the input of the last o_proj, where the adapters are. With
---copy-weight 0 chance decides: on seed 304 the heads specialise by symbol.
+--copy-weight 0 it depends on the seed: on 304 the heads specialise by symbol.
 """
 import argparse
 import copy
@@ -97,7 +97,7 @@ class Task:
 def train(loss_of, parameters, lr, data, name, tell):
     """Adam, with a one-cycle schedule of rate and beta1; one pass over the data."""
     steps = len(data.tokens) // BATCH
-    optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.95))  # the schedule sets beta1
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for step in range(steps):
         loss = loss_of(data[step * BATCH:(step + 1) * BATCH])
@@ -155,7 +155,7 @@ class LabelRouter(nn.Module):
 @dataclass
 class Method:
     """What is trained, and on which layers."""
-    lr: float
+    lr: float  # the best of --tune
     n: int = 1  # heads; a single head is a LoRA
     r: int = RANK
     layer: type = HydraLoRALinear  # None: full fine-tuning
@@ -164,7 +164,7 @@ class Method:
 
 
 def methods(n=DOMAINS):
-    """Name -> Method. Ranks make the sizes equal: where k = c d, HydraLoRA has
+    """Name -> Method. Ranks make sizes about equal: where k = c d, HydraLoRA has
     (c r + n r + c n) d parameters, a LoRA (c + 1) r d."""
     def lora_rank(r, c=1):
         return math.ceil((c * r + n * r + c * n) / (c + 1))
@@ -270,7 +270,7 @@ def variance_shares(model, data):
 
 
 def ablate_heads(model, data, n):
-    """Points of accuracy that each domain loses without each head: (domains, n)."""
+    """Points of accuracy that each domain loses when a head's gate is 0: (domains, n)."""
     results = []
     for kept in torch.cat([torch.ones(1, n), 1 - torch.eye(n)]).to(data.tokens.device):
         with hook_gates(model, lambda name, w: w * kept):
@@ -387,7 +387,7 @@ def silent(*_, **__):
 def all_seeds(seeds, function, **arguments):
     """function(seed, **arguments) of each seed, in as many processes as cores."""
     results, spawn = [], multiprocessing.get_context("spawn")
-    with spawn.Pool(os.cpu_count(), torch.set_num_threads, (1,)) as pool:
+    with spawn.Pool(min(os.cpu_count(), len(seeds)), torch.set_num_threads, (1,)) as pool:
         for result in pool.imap(functools.partial(function, **arguments), seeds):
             results.append(result)
             print(f"{len(results)} of {len(seeds)} seeds", file=sys.stderr)
