@@ -169,14 +169,17 @@ def methods(n=DOMAINS):
     def lora_rank(r, c=1):
         return math.ceil((c * r + n * r + c * n) / (c + 1))
 
+    def experts_rank(n):
+        return round(RANK * (1 + n) / (2 * n))
+
     mlp, q_v = ("layers.1.down_proj",), ("layers.1.q_proj", "layers.1.v_proj")
-    each = round(RANK * (1 + n) / (2 * n))  # the rank of n LoRAs
     return {
         "LoRA": Method(1.28, r=lora_rank(RANK)),
         "full fine-tuning of o_proj": Method(0.32, layer=None),
-        "LoRA MoE": Method(0.32, n, each, LoRAExperts),
+        "LoRA MoE": Method(0.32, n, experts_rank(n), LoRAExperts),
         "LoRA MoE, same rank": Method(5.12, n, layer=LoRAExperts),
-        "LoRA-Split": Method(1.28, DOMAINS, 6, LoRAExperts, labels=True),
+        "LoRA-Split": Method(
+            1.28, DOMAINS, experts_rank(DOMAINS), LoRAExperts, labels=True),
         "LoRA on down_proj": Method(0.32, r=lora_rank(4, 4), targets=mlp),
         "LoRA on q_proj, v_proj": Method(0.02, r=lora_rank(4), targets=q_v),
         "HydraLoRA on down_proj": Method(0.08, n, 4, targets=mlp),
