@@ -32,7 +32,7 @@ import re
 import runpy
 import sys
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,18 +50,13 @@ from hydralora import (
     load_hydralora_state_dict, mean_gates, merge_hydralora, num_heads_from_corpus, record_gates)
 
 SETTINGS = {name: value for name, value in os.environ.items() if name.startswith("HYDRALORA_")}
+if unknown := SETTINGS.keys() - {"HYDRALORA_IMPL", "HYDRALORA_DEVICE"}:
+    raise ValueError(f"unknown setting {unknown}")
 DEVICE = SETTINGS.get("HYDRALORA_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 IMPLEMENTATION = None  # then hydralora_layer, defined below
-try:
-    if unknown := SETTINGS.keys() - {"HYDRALORA_IMPL", "HYDRALORA_DEVICE"}:
-        raise ValueError(f"unknown setting {unknown}")
-    if "HYDRALORA_IMPL" in SETTINGS:
-        IMPLEMENTATION = pkgutil.resolve_name(SETTINGS["HYDRALORA_IMPL"])
-        if not callable(IMPLEMENTATION):
-            raise TypeError(f"expected module:function, got a {type(IMPLEMENTATION).__name__}")
-    torch.ones(1, device=DEVICE).add(1).item()  # the device exists and computes
-except Exception as error:
-    raise pytest.exit.Exception(f"{SETTINGS}: {type(error).__name__}: {error}", 2) from None
+if "HYDRALORA_IMPL" in SETTINGS:
+    IMPLEMENTATION = pkgutil.resolve_name(SETTINGS["HYDRALORA_IMPL"])
+parametrize = pytest.mark.parametrize
 
 
 # ---- The equations, twice ----
@@ -131,7 +126,7 @@ class Case:
     """Dtypes, shapes, magnitudes, memory layouts, and what requires a gradient."""
     group: str = ""
     name: str = ""
-    lead: tuple = (2, 5)  # axes of x before k
+    lead: tuple = (2, 5)  # axes of x before k: () is one token, (5,) a sequence
     k: int = 7
     d: int = 6
     r: int = 3
@@ -143,7 +138,7 @@ class Case:
     B_scale: float = 1.0
     grad_scale: float = 1.0  # of grad_y
     mean: float = 0.0  # of x and grad_y; sums over tokens grow with it
-    requires_grad: tuple = INPUTS
+    requires_grad: tuple = field(default=INPUTS, compare=False)  # changes no number
     layout: str = "contiguous"
     in_layout: tuple = TENSORS  # those with enough axes are in this layout
     seed: int = 0
@@ -196,8 +191,6 @@ def as_float64(found):
 @functools.cache
 def expected(case):
     """y and its gradients in float64, computed from the rounded tensors."""
-    if case.requires_grad != INPUTS:  # the numbers are the same
-        return expected(replace(case, requires_grad=INPUTS))
     inputs = {"bias": torch.zeros(case.d, dtype=f64)} | as_float64(tensors(case))
     if math.prod(case.lead) * case.n > 64 or case.d * case.r > 1e4:  # NumPy is slow
         return by_autograd(**inputs, scaling=case.scaling)
@@ -260,7 +253,7 @@ def assert_correct(found, case, moment=""):
                f"wrong: {', '.join(wrong)}; correct: {correct}\n{case}")
     known = {text: None for text, caught_by, steps, *_ in WRONG
              if isinstance(caught_by, str) and matches(steps, found, case)}
-    if 0 < len(known) < 4 and errors[worst] > 2 * allowed[worst]:
+    if len(known) in (1, 2, 3) and errors[worst] > 2 * allowed[worst]:
         message += f"\nmatches a known mistake: {' or '.join(known)}"
     raise AssertionError(message)
 
@@ -272,8 +265,7 @@ def where(name, found, case):
     wrong = torch.argwhere(~(off <= tolerance(case)[name] * right.norm() / off.numel()**0.5))
     if not 0 < len(wrong) < off.numel():
         return ""
-    rows = "tokens" if name in ("y", "x.grad") else "rows"
-    return f" in {len(wrong)} of {off.numel()} {rows}, first {wrong[0].tolist()}"
+    return f" in {len(wrong)} of {off.numel()} rows, first {wrong[0].tolist()}"
 
 
 def matches(steps, found, case):
@@ -289,9 +281,8 @@ def matches(steps, found, case):
 
 # ---- One call ----
 def global_state():
-    one = torch.ones(1, 1, device=DEVICE, dtype=f32)
-    return {"the grad mode": torch.is_grad_enabled(), "autocast": F.linear(one, one).dtype,
-            "the default dtype": torch.get_default_dtype(), "threads": torch.get_num_threads(),
+    return {"the grad mode": torch.is_grad_enabled(), "threads": torch.get_num_threads(),
+            "the default dtype": torch.get_default_dtype(),
             "float32's precision": torch.get_float32_matmul_precision()}
 
 
@@ -314,6 +305,7 @@ def call_kernel(function, arguments, case, moment):
             f"-k 'oracle and not {case.group}' or -k 'oracle and not {case.name or test}'"
         ) from None
     after = global_state()
+    torch.set_num_threads(before["threads"])  # for the next call
     changed = [f"{name} to {after[name]}" for name in after if after[name] != before[name]]
     assert not changed, f"{moment} has changed {', '.join(changed)}; {case}"
     return returned
@@ -381,7 +373,7 @@ def swapped(t, a, b):
 
 
 GAP = 9999.0  # not nan, as PyTorch may multiply gaps by 0
-LAYOUTS = {  # the least number of axes, and tensor -> its values in this layout
+LAYOUTS = {  # for tensors of at least so many axes: the same values in another layout
     "contiguous": (0, torch.Tensor.contiguous),
     "columns": (2, lambda t: swapped(t, -2, -1)),  # matrices by column
     "rows": (1, lambda t: F.pad(t, (0, 8), value=GAP)[..., :-8]),
@@ -410,20 +402,16 @@ CASES = {
     "last-tokens": Case(lead=(99, 1), **ALIGNED, layout="gaps", in_layout=("x",)),
     "thousands": Case(lead=(512, 8), k=64, d=64, r=8, n=3, mean=1.0),
     "grid-limit": Case(lead=(65540,), k=3, d=2, r=1, n=2, requires_grad=ADAPTER),
-    "zero-scaling": Case(scaling=0.0),
     "heads-at-zero": Case(lead=(2, 30), k=3, d=10, bias=False, B_scale=0.0),  # at the start
     "near-zero": Case(B_scale=2e-4),  # soon after the start
     "token-at-zero": Case(layout="padding", in_layout=("x",)),
     "steep": Case(n=20, Wg_scale=100.0),
-    "saturated": Case(n=20, Wg_scale=3000.0),
-    "small-gradient": Case(grad_scale=2.0**-25),
     "large-all": Case(input_scale=2.0**17, grad_scale=2.0**16),
     "decode-long": Case(lead=(1, 1), k=28673, d=80, r=32, n=8, requires_grad=ADAPTER),
     "decode-wide": Case(lead=(1, 1), k=80, d=9001, r=32, n=8, requires_grad=ADAPTER),
-    "model-size": Case(lead=(2, 80), k=1024, d=1024, r=8, n=3, requires_grad=ADAPTER),
     "both-wide": Case(lead=(3,), k=1100, d=1050, r=8, n=2, requires_grad=ADAPTER),
-    **{f"layout-{layout}": Case(lead=(2, 3, 4) if layout == "inner" else (3, 4), **ALIGNED,
-                                layout=layout) for layout in LAYOUTS},
+    **{f"layout-{layout}": Case(lead=(2, 3, 4) if axes > 3 else (3, 4), **ALIGNED, layout=layout)
+       for layout, (axes, _) in LAYOUTS.items()},
     "layout-number": Case(lead=(3, 4), **ALIGNED, layout="number", in_layout=("x", "grad_y")),
 }
 FEW, TILES, ODD = range(1, 17), (64, 128, 192), range(65, 576, 2)
@@ -433,11 +421,10 @@ RANDOM = {  # k, d, r, n and tokens, drawn for each group like everything else
     "drawn-odd-d": (TILES, ODD, FEW, FEW, FEW),
     "drawn-odd-k": (ODD, TILES, FEW, FEW, FEW),
     "drawn-large-r": (FEW, FEW, range(129, 257), FEW, FEW),
-    "drawn-many-heads": (FEW, FEW, FEW, range(65, 97), FEW),
 }
 FOUR_GROUPS = ("float32", "bfloat16", "mixed", "autocast")
 IN_FOUR_GROUPS = (  # the numbers do not fit float16, or the tensors are large
-    "small-gradient", "large-all", "decode-long", "decode-wide", "model-size", "both-wide")
+    "large-all", "decode-long", "decode-wide", "both-wide")
 
 
 def draw_case(kind, group):
@@ -487,7 +474,7 @@ def group(request):
     return request.param
 
 
-@pytest.mark.parametrize("mode, case", [
+@parametrize("mode, case", [
     pytest.param(MODES[mode], case, id=f"{mode}-{len(case.lead) + 1}d-{name}-{group}")
     for (name, group), case in ALL_CASES.items() for mode in MODES])
 def test_oracle(implementation, mode, case):
@@ -552,7 +539,7 @@ def test_oracle_many_layers(implementation, mode, group):
             calls.append(forward(implementation, case, mode))
         moment = f"70 layers, then backwards in {order} order: "
         results += [(backward(call), call.case, moment) for call in calls[::step]]
-    for result in results:  # only now: a later backward may overwrite a result
+    for result in results:  # only now, as above
         assert_correct(*result)
 
 
@@ -642,7 +629,7 @@ def test_oracle_gradients_of_each_choice(implementation, group):
             assert_correct(compute(implementation, case, inputs=inputs), case)
 
 
-@pytest.mark.parametrize("group", ["float32"], ids=["3d-float32"])
+@parametrize("group", ["float32"], ids=["3d-float32"])
 def test_oracle_gradients_compiled(implementation, group):
     """By torch.compile, which may refuse."""
     try:
@@ -656,7 +643,7 @@ def test_oracle_gradients_compiled(implementation, group):
     assert_correct(found, Case(group), "under torch.compile: ")
 
 
-TESTS = [test for name, test in globals().items() if name.startswith("test_oracle_")]
+TESTS = [test for name, test in globals().items() if name.startswith("test_oracle_")]  # above
 
 
 def groups_of(check):
@@ -756,8 +743,8 @@ def listed(v):
     return v.delta
 
 
-# What the message says, which case or test must catch it, the changed steps, and the groups,
-# unless float32 and bfloat16. What a case catches is a known mistake, which messages name.
+# What the message says, which case or test must catch it though "plain" may pass, the changed
+# steps, and the groups, unless float32 and bfloat16. Messages name those that cases catch.
 WRONG = [
     ("no update", "plain", dict(delta=lambda v: 0 * v.delta)),
     ("no scaling", "plain", dict(s=lambda v: 1.0)),
@@ -793,6 +780,12 @@ WRONG = [
     ("the call raised Skipped", "plain", dict(y=lambda v: pytest.skip("not for me"))),
     ("wrong dtype", "plain", dict(y=lambda v: v.y.double()),
      "bfloat16 half autocast autofp16 automix autonorm"),
+    ("wrong dtype", "plain", dict(y=lambda v: v.y.float()), "bfloat16 half"),
+    ("y requires a gradient, but no input does", "plain", dict(
+        y=lambda v: v.y.requires_grad_())),
+    ("the backward has changed bias in place", "plain", dict(
+        dy=lambda v, g: g + 0 * v.bias.data.mul_(2).sum())),
+    ("y is wrong", "plain", dict(s=lambda v: v.s * (v.x.dtype == v.W0.dtype)), "autonorm"),
     ("the call raised RuntimeError", "plain", dict(h=lambda v: v.x), "mixed mixfp16"),
     *(("lone token not scaled", name, dict(s=lambda v: v.s if v.tokens > 1 else 1.0))
       for name in ("vector", "last-tokens")),
@@ -803,15 +796,13 @@ WRONG = [
     ("no update with one head", "only-head", dict(delta=lambda v: v.delta * (v.n > 1))),
     (".grad is wrong", "thousands", dict(y=lambda v: chunks(v, 16)), "bfloat16"),
     ("first 65535 tokens only", "grid-limit", dict(delta=lambda v: zero_from(v.delta, -2, 65535))),
-    ("scaling 0 taken for 1", "zero-scaling", dict(s=lambda v: v.s or 1.0)),
     ("no update while B is 0", "heads-at-zero", dict(delta=lambda v: v.delta * v.B.any())),
-    ("Wg.grad is zero or missing", "near-zero", dict(dWg=lambda v, g: g * (g.norm() > 0.01))),
+    *((f"{name}.grad is zero or missing", "near-zero", {
+        f"d{name}": lambda v, g: g * (g.norm() > 0.01)}) for name in ("A", "Wg")),
     ("no gradient of padding", "token-at-zero", dict(
         dx=lambda v, g: g * v.x.any(-1, keepdim=True))),
-    ("logits clamped", "saturated", dict(logits=lambda v: v.logits.clamp(-1000, 1000))),
-    ("A.grad is zero or missing", "small-gradient", dict(dA=lambda v, g: g * (g.norm() > 1e-6))),
     ("gradients clamped", "large-all", dict(ddelta=lambda v, g: g.clamp(-1000, 1000))),
-    ("first 512 of k only", "model-size", dict(x=lambda v: zero_from(v.x, -1, 512))),
+    ("first 1049 of d only", "both-wide", dict(delta=lambda v: zero_from(v.delta, -1, 1049))),
     ("first 2**20 of W0 only", "both-wide", dict(
         W0=lambda v: zero_from(v.W0.flatten(), 0, 2**20).view(v.d, v.k))),
     ("first 8192 of k only", "decode-long", dict(x=lambda v: zero_from(v.x, -1, 8192))),
@@ -822,32 +813,38 @@ WRONG = [
     ("first 64 of d only", "drawn-odd-d", dict(delta=lambda v: zero_from(v.delta, -1, 64))),
     ("first 64 of k only", "drawn-odd-k", dict(x=lambda v: zero_from(v.x, -1, 64))),
     ("first 64 ranks only", "drawn-large-r", dict(A=lambda v: zero_from(v.A, -2, 64))),
-    ("first 16 heads only", "drawn-many-heads", dict(B=lambda v: zero_from(v.B, -3, 16))),
+    ("first 16 heads only", "steep", dict(B=lambda v: zero_from(v.B, -3, 16))),
     ("wrong at sizes of 64", "layout-contiguous", dict(A=lambda v: v.A * (1 + (v.k % 64 == 0)))),
     *(("x read as contiguous", f"layout-{layout}", dict(x=lambda v: as_contiguous(v.x)))
-      for layout in ("columns", "rows", "second", "offset", "swapped", "gaps", "inner", "number")),
+      for layout in [*LAYOUTS, "number"][1:]),  # not "contiguous"
+    ("a gap is read", "layout-rows", dict(
+        z=lambda v: v.z + v.x.detach().as_strided((), (), v.k) * (v.x.stride(-2) > v.k))),
     ("B read as contiguous", "layout-second", dict(B=lambda v: as_contiguous(v.B))),
     ("grad_y read as contiguous", "layout-swapped", dict(dy=lambda v, g: as_contiguous(g))),
 
     ("a later call", test_oracle_calls_in_a_row, dict(
         s=lambda v: v.memory.setdefault("s", v.s))),
-    ("W0 was changed in place", test_oracle_changed_tensors, dict(W0=lambda v: straight_through(
-        v.W0, v.W0.__dict__.setdefault("cached", v.W0.detach().clone())))),
+    *((f"{name} was changed in place", test_oracle_changed_tensors, {
+        name: lambda v, name=name: straight_through(t := getattr(v, name), t.__dict__.setdefault(
+            "cached", t.detach().clone()))}) for name in INPUTS),
     ("the call has changed W0 in place", test_oracle_decoding, dict(
         W0=lambda v: v.W0.data.mul_(1.01) if v.tokens == 1 else v.W0)),
     ("in reverse order", test_oracle_many_layers, dict(
         delta=listed, ddelta=lambda v, g: g * (v.memory["calls"].pop(0) is v))),
     ("in this order", test_oracle_many_layers, dict(
         delta=listed, ddelta=lambda v, g: g * any(call is v for call in v.memory["calls"][-64:]))),
-    ("nan in Wg: y is not nan", test_oracle_nan_stays, dict(Wg=lambda v: v.Wg.nan_to_num())),
+    *((f"nan in {name}: y is not nan", test_oracle_nan_stays, {
+        name: lambda v, name=name: getattr(v, name).nan_to_num()}) for name in INPUTS),
+    ("inf in grad_y: finite", test_oracle_nan_stays, dict(dy=lambda v, g: g.clamp(-1e4, 1e4))),
     ("keeps x or y alive", test_oracle_nothing_kept, dict(
         y=lambda v: v.memory.setdefault(len(v.memory), v.y))),
     ("two backwards", test_oracle_gradients_add_up, dict(
         dA=lambda v, g: setattr(v.weights[2], "grad", None) or g)),
     ("the second torch.autograd.grad", test_oracle_gradients_twice, dict(
         dlogits=lambda v, g: g + v.w.data.zero_())),
-    ("A changed before the backward", test_oracle_gradients_after_a_change, dict(
-        dA=lambda v, g: g * (v.weights[2]._version == 0))),
+    *((f"{name} changed before the backward", test_oracle_gradients_after_a_change, {
+        f"d{name}": lambda v, g, i=i: g * (v.weights[i]._version == 0)})
+      for i, name in enumerate(LAYER)),
     ("y has no gradient, but Wg require", test_oracle_gradients_of_each_choice, dict(
         y=lambda v: v.y if v.x.requires_grad else v.y.detach())),
     ("under torch.compile", test_oracle_gradients_compiled, dict(
@@ -856,7 +853,7 @@ WRONG = [
 
 
 @pytest.mark.usefixtures("implementation")
-@pytest.mark.parametrize("message, caught_by, steps, groups", [
+@parametrize("message, caught_by, steps, groups", [
     (message, caught_by, steps, groups[0].split() if groups else ["float32", "bfloat16"])
     for message, caught_by, steps, *groups in WRONG], ids=[message for message, *_ in WRONG])
 def test_wrong_implementation_is_caught(message, caught_by, steps, groups):
@@ -868,9 +865,10 @@ def test_wrong_implementation_is_caught(message, caught_by, steps, groups):
 
 
 def test_each_case_test_and_group_must_catch_a_wrong_implementation():
-    assert {caught_by for _, caught_by, *_ in WRONG} == {*CASES, *RANDOM, *TESTS}
+    assert {caught_by for _, caught_by, *_ in WRONG} == {*CASES, *RANDOM, *TESTS}, "see WRONG"
     groups = " ".join(group for *_, group in WRONG if isinstance(group, str))
     assert {*groups.split()} == {*GROUPS}
+    assert all(draw_case(*key) == case for key, case in ALL_CASES.items() if key[0] in RANDOM)
 
 
 # ---- Right implementations ----
@@ -897,7 +895,7 @@ class OwnBackward(torch.autograd.Function):
 CORRECT = {
     "plain loop": loop,
     "own backward": OwnBackward.apply,
-    "32 chunks of tokens": mutant(y=lambda v: chunks(v, v.x[..., 0].numel() // 32 + 1)),
+    "32 chunks of tokens": mutant(y=lambda v: chunks(v, max(8, v.x[..., 0].numel() // 32))),
     "strided output": mutant(y=lambda v: v.y.mT.contiguous().mT if v.tokens else v.y),
     "adapter cast to the dtype of x": mutant(y=lambda v: correct(
         v.x, v.W0, v.bias, *(t.to(v.x.dtype) for t in (v.A, v.B, v.Wg)), v.s)),
@@ -905,7 +903,7 @@ CORRECT = {
 
 
 @pytest.mark.usefixtures("implementation")
-@pytest.mark.parametrize("style", CORRECT)
+@parametrize("style", CORRECT)
 def test_right_implementation_passes(style):
     """Each style in each case and test, in groups that take turns."""
     for i, check in enumerate([*CASES, *RANDOM, *TESTS], list(CORRECT).index(style)):
@@ -930,8 +928,8 @@ def test_reference_by_hand():
         np.testing.assert_allclose(grads[name], g, rtol=1e-14, err_msg=name)
 
 
-@pytest.mark.parametrize("group", ["float64", "bfloat16"])
-@pytest.mark.parametrize("name", ["plain", "vector", "all-three", "steep", "layout-second"])
+@parametrize("group", ["float64", "bfloat16"])
+@parametrize("name", ["plain", "vector", "all-three", "steep", "layout-second"])
 def test_reference_agrees_with_autograd(name, group):
     """In the expected values, which are those of the rounded tensors."""
     case = ALL_CASES[name, group]
@@ -940,14 +938,10 @@ def test_reference_agrees_with_autograd(name, group):
         torch.testing.assert_close(by_hand, by_torch[one], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("setting, message", [
-    ("IMPL=no_such:f", "No module named"), ("IMPL=hydralora", "got a module"),
-    ("DEVICE=no_such", "no_such"), ("DEVISE=cpu", "unknown setting")])
-def test_bad_setting_ends_the_run(setting, message, monkeypatch):
-    monkeypatch.setenv(*f"HYDRALORA_{setting}".split("="))
-    with pytest.raises(pytest.exit.Exception, match=f"HYDRALORA_.*: .*{message}") as end:
+def test_unknown_setting_is_refused(monkeypatch):
+    monkeypatch.setenv("HYDRALORA_DEVISE", "cpu")
+    with pytest.raises(ValueError, match="DEVISE"):
         runpy.run_path(__file__)
-    assert end.value.returncode == 2
 
 
 # ---- The layer ----
@@ -956,7 +950,6 @@ GATES = torch.tensor([0.1, 0.2, -0.3, 0.4])  # fixed gates need not sum to 1
 IDS = torch.randint(64, (3, 11), generator=torch.Generator().manual_seed(3))
 randn = functools.partial(torch.randn, dtype=f64)
 close = torch.testing.assert_close
-parametrize = pytest.mark.parametrize
 each_dtype = parametrize("dtype", [f64, f32, bf16, f16], ids=str)
 
 
@@ -988,8 +981,9 @@ def trained_names(model):
 
 
 def test_defaults():
-    base = nn.Linear(2, 5)
+    base = nn.Linear(2, 5, device="meta")
     layer = HydraLoRALinear(base)
+    assert all(p.is_meta for p in layer.parameters())
     assert "num_heads=3, r=8, scaling=2" in str(layer) and layer.lora_dropout.p == 0
     assert layer.weight is base.weight and layer.bias is base.bias
     assert not isinstance(layer.router, nn.Linear)  # which quantisers replace
@@ -1055,8 +1049,10 @@ def test_upper_part_uses_nothing_below_it():
 
 
 # ---- A model ----
-def test_tiny_transformer_is_causal():
-    model, later = plain_model(), IDS.clone()
+def test_tiny_transformer_is_causal(monkeypatch):
+    model, later, attention = plain_model(), IDS.clone(), F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **options: attention(
+        q.view(3, 4, 11, 16), k, v, **options))  # (b, heads, t, head width)
     later[:, 7:] = 0
     close(model(IDS)[:, :7], model(later)[:, :7])
 
@@ -1144,10 +1140,10 @@ def test_merge_rounds_once(size, dtype):
         merged = layer.merge(GATES)
     assert type(merged) is nn.Linear and not merged.training
     assert torch.equal(merged.weight, W) and torch.equal(merged.bias, layer.bias)
-    for p in merged.parameters():
-        assert not p.requires_grad
-        p.zero_()
-    assert layer.weight.all() and layer.bias.all()  # nothing is shared
+    assert not any(p.requires_grad for p in merged.parameters())
+    for t in (*merged.parameters(), A, B):
+        t.zero_()
+    assert all(p.all() for p in layer.parameters())  # nothing is shared
 
 
 class OwnForward(nn.Linear):
@@ -1215,20 +1211,6 @@ def test_gates_of_a_model_that_may_be_compiled(compiled):
     assert torch.equal(run(IDS), logits)
 
 
-@parametrize("loaded, expected", [(False, []), (True, [1, 0])])
-def test_hooks_reset_the_compiler_if_it_is_loaded(loaded, expected, monkeypatch):
-    """Once they are there, and once they are gone: else PyTorch 2.3 crashes."""
-    layer, counts = make_layer(), []
-    hooks = layer.router._forward_hooks
-    monkeypatch.setattr(torch.compiler, "reset", lambda: counts.append(len(hooks)))
-    monkeypatch.setitem(sys.modules, "torch._dynamo", None)
-    if not loaded:
-        monkeypatch.delitem(sys.modules, "torch._dynamo")
-    with record_gates(layer):
-        pass
-    assert counts == expected
-
-
 def test_mean_gates_counts_each_token_of_each_call():
     layer, batches = make_layer(K, K), (randn(2, 3, K), randn(K))  # the second: a single token
     w = [layer.gates(y).view(-1, N) for x in batches for y in (x, layer(x))]
@@ -1267,7 +1249,8 @@ def test_official_checkpoint(prefix):
 
 
 @parametrize("key", [
-    "q.lora_B.weight", "q.lora_A", "q.lora_A2.weight", "base_model.model.lora_A.weight"])
+    "q.lora_B.weight", "q.lora_A", "q.lora_A2.weight", "q.lora_A.weight.absmax",
+    "base_model.model.lora_A.weight"])
 def test_other_checkpoints_are_not_official(key):
     with pytest.raises(ValueError, match=f"not an official .*: it has {key}$"):
         from_official_state_dict(OFFICIAL | {key: IDS})
@@ -1303,7 +1286,7 @@ def test_export_of_layers_of_unlike_r_and_scaling():
     assert config == dict(peft_type="LORA", target_modules=names, r=R, lora_alpha=R)
     for name, layer in hydralora_layers(model.float()).items():
         A, B = (state[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
-        assert len(A) == R == B.shape[1] and A.dtype == B.dtype == f32
+        assert len(A) == R == B.shape[1] and A.dtype == B.dtype == f32 and not B.requires_grad
         close(layer.merge(GATES).weight, layer.base.weight + B @ A, rtol=0, atol=1e-5)
 
 
@@ -1314,14 +1297,16 @@ BAD_CALLS = {  # the message: a call
     "integers >= 1, got 4, 0": lambda: make_layer(r=0),
     "W is not finite in torch.float16": lambda: make_layer(dtype=f16, lora_alpha=1e7).merge(GATES),
     "4 finite numbers, got .*nan": lambda: make_layer().merge(GATES * math.nan),
-    "no HydraLoRA layer": lambda: merge_hydralora(plain_model(), GATES),
     "no HydraLoRA layer$": lambda: mean_gates(plain_model(), [IDS]),
     "has no HydraLoRA layer": lambda: record_gates(plain_model()).__enter__(),
     "TwoA has its own forward, but no to_lora": lambda: make_layer(layer=TwoA).merge(GATES),
     "model is itself the layer": lambda: merge_hydralora(make_layer(), GATES),
-    "gates are for .'z'., but the": lambda: export_lora(adapted_model(), {"z": GATES}),
+    "gates are for .*'z'., but the": lambda: export_lora(adapted_model("0.q_proj"), {
+        "layers.0.q_proj": GATES, "z": GATES}),
     "lora_A.weight is on meta": lambda: export_lora(adapted_model().to("meta"), GATES),
     "exactly one name for each layer": lambda: export_lora(make_layer(), GATES),
+    "PEFT needs exactly one name": lambda: export_lora(nn.Sequential(*[make_layer()] * 2), GATES),
+    "lora_alpha must be finite": lambda: make_layer(lora_alpha=math.nan),
     "has zeros: batch sequences of one length": lambda: mean_gates(
         adapted_model(), [collections.UserDict(attention_mask=torch.ones(1, 2, 2).tril())]),
     "batches must be a list": lambda: mean_gates(adapted_model(), IDS),
@@ -1365,7 +1350,7 @@ def test_accelerate_is_removed_as_the_message_says():
     accelerate, transformers = map(pytest.importorskip, ("accelerate", "transformers"))
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(  # small, and random
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=99))
+        vocab_size=99))
     inject_hydralora(llama, "q_proj")
     gates = mean_gates(llama, [dict(input_ids=IDS, attention_mask=torch.ones_like(IDS))])
     accelerate.dispatch_model(llama, {"": "cpu"}, force_hooks=True)
@@ -1412,12 +1397,12 @@ def test_toy_each_seed_and_stream_has_its_own_data(toy):
     assert len(torch.stack(samples).unique(dim=0)) == 9
 
 
-@parametrize("preference, expected", [(1, 100 / 3), (1e9, 100)])
+@parametrize("preference, expected", [(1, 200 / 3), (4, 100)])
 def test_toy_bayes_accuracy(preference, expected, toy, monkeypatch):
-    """Domains of equal frequencies, and domains that have no symbol in common."""
+    """Domains of equal frequencies, and domains that can be told apart; two share a cipher."""
     monkeypatch.setattr(toy, "PREFERENCE", preference)
     task = toy.Task(0, "cpu")
-    task.new = torch.stack([torch.arange(toy.SYMBOLS).roll(i) for i in range(toy.DOMAINS)])
+    task.new = torch.stack([torch.arange(toy.SYMBOLS).roll(i) for i in (0, 1, 1)])
     task.test = task.sample(5000, task.new, stream=2)
     assert task.bayes_accuracy() == pytest.approx(expected, abs=1)
 
@@ -1456,6 +1441,7 @@ def test_toy_methods_start_equal(toy):
     assert torch.equal(hydra.router.weight, moe.router.weight)
     assert not torch.equal(hydra.router.weight, hydra.lora_A[:toy.DOMAINS])
     assert not lora.router.weight.requires_grad
+    assert hydra.scaling == moe.scaling == lora.scaling == split.scaling == 2
 
 
 @parametrize("n", [2, 3, 5, 16])
@@ -1492,6 +1478,8 @@ def test_toy_nmi(toy):
     one_head_each = F.one_hot(domain).float()[:, None]
     assert toy.nmi(5 * one_head_each.roll(1, -1), domain) == pytest.approx(1)  # gates sum to 5
     assert toy.nmi(torch.ones_like(one_head_each), domain) == pytest.approx(0, abs=1e-6)
+    in_turn = torch.cat([one_head_each.roll(i, -1) for i in range(3)], 1)
+    assert toy.nmi(in_turn, domain) == pytest.approx(0, abs=1e-6)
     shared = one_head_each[torch.where(domain == 2, 1, domain)]  # two domains, one head
     of_head, of_domain = 0.6365, math.log(3)
     assert toy.nmi(shared, domain) == pytest.approx(2 * of_head / (of_head + of_domain), abs=1e-4)
@@ -1540,6 +1528,7 @@ def test_toy_experiment(toy, tmp_path, capsys, monkeypatch):
         return torch.full((toy.DOMAINS, n), -0.01)
 
     def merged_accuracy(model, calibration, test):
+        assert len(calibration.tokens) <= toy.STEPS * toy.BATCH  # the test set has more
         domains = {*calibration.domain.tolist(), *test.domain.tolist()}
         return torch.full((len(test.tokens),), float(len(domains)))
 
@@ -1560,17 +1549,24 @@ def test_toy_experiment(toy, tmp_path, capsys, monkeypatch):
 @parametrize("router, symbols, gain, passed, printed", [
     (0.96, 0.6, 5, True, "The heads specialise by domain.\n"),
     (0.96, 0.05, -5, False, "HydraLoRA is 5.0 points behind LoRA.\n"),
-    (0.45, 0.05, 5, False, "The heads do not specialise by domain: the symbol explains "),
+    (0.45, 0.05, 5, False, "do not specialise by domain: the symbol explains 100 % of"),
     (0.6, 0.5, 5, False, "HydraLoRA is 5.0 points ahead of LoRA.\n")])
 def test_toy_check(router, symbols, gain, passed, printed, toy, adapted, monkeypatch, capsys):
     scores = iter([router, symbols])
     monkeypatch.setattr(toy, "nmi", lambda w, domain: next(scores))
+    monkeypatch.setattr(toy, "gates_of", lambda model, data: F.one_hot(
+        data.tokens[:, :toy.LENGTH] % 2).float())  # the symbol's parity chooses the head
     monkeypatch.setattr(toy, "fine_tune", lambda task, model, method, name, tell: (
         adapted, dict(size=1, accuracy=50.0 + gain * (name == "HydraLoRA"))))
     assert run_toy(toy, "--check", "--heads", "2") == 1 - passed
     out = capsys.readouterr().out
     assert printed in out and out.count("\ncheck: ") == 2
     assert out.count(": NO\n") == (not passed)
+
+
+def test_toy_seeds_run_in_processes():
+    all_seeds = pytest.importorskip("train_toy").all_seeds
+    assert all_seeds([[1, 2], [3, 4]], sorted, reverse=True) == [[2, 1], [4, 3]]
 
 
 def test_toy_table(toy, monkeypatch, capsys, tmp_path):
@@ -1598,21 +1594,21 @@ def test_toy_table(toy, monkeypatch, capsys, tmp_path):
     assert json.loads(file.read_text()) == made
 
 
-@parametrize("chosen", [[], ["--method", "LoRA MoE"]])
-def test_toy_tune(chosen, toy, monkeypatch, capsys):
+def test_toy_tune(toy, monkeypatch, capsys):
     monkeypatch.setattr(toy, "all_seeds", lambda seeds, function, **arguments: [
         function(seed, **arguments) for seed in (0, 1)])
     monkeypatch.setattr(toy, "pretrain", lambda task, copy_weight, tell: copy_weight)
     monkeypatch.setattr(toy, "fine_tune", lambda task, weight, method, *_: (
         None, dict(accuracy=method.lr + method.n + 10 * task.seed + 20 * weight)))
-    run_toy(toy, "--tune", *chosen, "--copy-weight", "1")
+    run_toy(toy, *"--tune --copy-weight 1".split())
+    run_toy(toy, *"--tune --copy-weight 1 --method LoRA".split())
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(toy.RATES) * (1 if chosen else len(toy.methods()))
-    assert f"{'LoRA MoE':28} learning rate 0.08: mean 28.08, worst 23.1" in lines
+    assert len(lines) == len(toy.RATES) * (len(toy.methods()) + 1)
+    assert lines.count(f"{'LoRA':28} learning rate 0.08: mean 26.08, worst 21.1") == 2
 
 
 @parametrize("options, message", [
-    ("--table --check", "--check does not belong"), ("--method LoRA", "--method does not"),
+    ("--table --check", "--check does not belong"),
     ("--copy-weight nan", "--copy-weight must be"), ("--heads 0", "--heads must be"),
     ("--seed -1", "--seed and"), ("--json /no/such/x", "/no/such/x"),
     ("--device no_such --json y", "no_such")])
@@ -1625,9 +1621,12 @@ def test_toy_refuses_options(options, message, toy, capsys, tmp_path, monkeypatc
     assert not [*tmp_path.iterdir()]
 
 
-def test_toy_cost(toy, capsys):
+def test_toy_cost(toy, capsys, monkeypatch):
+    seconds = iter([2.0, 4.0, 8.0])  # of the layer, the LoRA and the loop
+    monkeypatch.setattr(toy, "median", lambda t: next(seconds))
     toy.cost("cpu", sizes=[(256, 512, 4, 3)], rounds=1)
-    by_lora, by_loop = re.search(r"bytes (\S+) and (\S+)", capsys.readouterr().out).groups()
+    by_lora, by_loop = re.search(
+        r"time 0.50 and 0.25, bytes (\S+) and (\S+)", capsys.readouterr().out).groups()
     assert float(by_loop) < 0.05 < 1 < float(by_lora)
 
 
@@ -1672,18 +1671,12 @@ def test_readme_definition_is_right(example):
     run_check("plain", function, "float32")
 
 
-def test_readme_names_are_those_of_the_code(readme, toy):
-    table = re.search(r"\| paper \| code .*?\n\n", readme, re.S).group()
-    names = re.findall(r"`(\w+)[.\w]*`", table.replace("`train_toy.py`", ""))
-    assert len(names) >= 6
-    assert all(hasattr(hydralora, name) or hasattr(toy, name) for name in names)
-
-
-def test_readme_table_has_the_sizes_of_the_code(readme, toy, task):
+def test_readme_table_has_the_sizes_of_the_code(readme, toy, monkeypatch):
     rows = re.findall(r"^\| (.*) \| (.*):(.*) \| (.*):(.*) \| (\S+) .*/\d+ \|$", readme, re.M)
-    model, sizes = toy.pretrain(task, 0, toy.silent), {}
-    for name, method in toy.methods().items():
-        sizes[name] = f"{toy.fine_tune(task, model, method, '', print)[1]['size']:,}"
+    monkeypatch.setattr(toy, "subspace_overlap", lambda matrices: matrices.shape[1])
+    result = toy.experiment(0, "cpu", [*toy.methods()], toy.DOMAINS, tell=toy.silent)
+    assert result["overlap"] == dict(A=64, B=64, chance=6 / 64)  # rows of A and columns of B
+    sizes = {name: f"{method['size']:,}" for name, method in result["methods"].items()}
     assert [name for name, *_ in rows] == [name for name in sizes if "Hydra" not in name]
     for name, size, our_size, accuracy, ours, gain in rows:
         assert size == sizes[name] and our_size in sizes.values()

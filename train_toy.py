@@ -117,7 +117,7 @@ def pretrain(task, copy_weight, tell):
 
     def loss_of(batch):
         h = first(model.embed(batch.tokens))  # (b, 2 LENGTH, width)
-        early, late = (model.lm_head(model.norm(h[:, LENGTH:])) for h in (h, last(h)))
+        early, late = (model.lm_head(model.norm(y[:, LENGTH:])) for y in (h, last(h)))
         auxiliary = F.cross_entropy(early.mT, batch.tokens[:, :LENGTH])
         return F.cross_entropy(late.mT, batch.targets) + copy_weight * auxiliary
 
@@ -132,8 +132,7 @@ class LoRAExperts(HydraLoRALinear):
 
     def __init__(self, base, **arguments):
         super().__init__(base, **arguments)
-        A = self.lora_A.detach().repeat(self.num_heads, 1, 1)  # (n, r, k)
-        self.lora_A = nn.Parameter(A)
+        self.lora_A = nn.Parameter(self.lora_A.detach().repeat(self.num_heads, 1, 1))  # (n, r, k)
 
     def forward(self, x):
         y = self.base(x)  # (..., d)
@@ -380,7 +379,7 @@ def experiment(seed, device, names=MAIN_RUN, heads=None, copy_weight=COPY_WEIGHT
 # ---- --table and --tune: all methods on several seeds ----
 TABLE_SEEDS = range(50, 70)  # not used for tuning
 TUNING_SEEDS = range(10)
-RATES = (0.005, 0.02, 0.08, 0.32, 1.28, 5.12)
+RATES = (0.005, 0.02, 0.08, 0.32, 1.28, 5.12, 20.48)
 
 
 def silent(*_, **__):
@@ -402,11 +401,12 @@ def table(device):
     seeds = all_seeds(TABLE_SEEDS, experiment, device=device, names=[*methods()],
                       heads=DOMAINS, tell=silent)
     print("| baseline | parameters, its:ours | accuracy, its:ours | HydraLoRA gains +- std | "
-          "seeds won |\n| --- | --- | --- | --- | --- |")
-    hydra = {method.targets: name for name, method in methods().items() if "Hydra" in name}
+          "seeds won |\n|---|---|---|---|---|")
+    hydra = {method.targets: name for name, method in methods().items()
+             if name.split(" on ")[0] == "HydraLoRA"}
     for name, method in methods().items():
         if name not in hydra.values():
-            pair = name, hydra[method.targets]
+            pair = name, hydra.get(method.targets, "HydraLoRA")
             size = [seeds[0]["methods"][key]["size"] for key in pair]
             scores = [[seed["methods"][key]["accuracy"] for seed in seeds] for key in pair]
             gains = [ours - its for its, ours in zip(*scores)]  # on the same seed
@@ -426,19 +426,19 @@ def table(device):
     return seeds
 
 
-def tune_seed(seed, device, name, copy_weight):
-    """The accuracy at each of the learning rates."""
+def tune_seed(seed, device, names, copy_weight):
+    """The accuracy of each method at each learning rate."""
     task = Task(seed, device)
-    model, method = pretrain(task, copy_weight, silent), methods()[name]
-    return [fine_tune(task, model, replace(method, lr=lr), name, silent)[1]["accuracy"]
-            for lr in RATES]
+    model = pretrain(task, copy_weight, silent)
+    return [[fine_tune(task, model, replace(methods()[name], lr=lr), name, silent)[1]["accuracy"]
+             for lr in RATES] for name in names]
 
 
 def tune(device, method, copy_weight):
-    for name in [method] if method else methods():
-        seeds = all_seeds(
-            TUNING_SEEDS, tune_seed, device=device, name=name, copy_weight=copy_weight)
-        for lr, scores in zip(RATES, zip(*seeds)):
+    names = [method] if method else [*methods()]
+    seeds = all_seeds(TUNING_SEEDS, tune_seed, device=device, names=names, copy_weight=copy_weight)
+    for name, of_seeds in zip(names, zip(*seeds)):
+        for lr, scores in zip(RATES, zip(*of_seeds)):
             print(f"{name:28} learning rate {lr}: mean {mean(scores):.2f}, "
                   f"worst {min(scores):.1f}")
 
