@@ -17,7 +17,7 @@ derivatives are not tested.
 Read `reference`, GROUPS, `tolerance`, `forward`, CASES and test_oracle_*. Select with
 -k "oracle and 3d and half": values (no gradients) or gradients; 1d to 5d, the number of axes of
 x; a case, group or test by name. A new case, layout or test needs a row in WRONG: an
-implementation that it must catch. The project's own tests follow the oracle.
+implementation that it must catch.
 """
 import collections
 import contextlib
@@ -394,18 +394,15 @@ ALIGNED = dict(k=64, d=64, r=16, n=8)  # optimised code often has a path for it
 CASES = {
     "plain": Case(),
     "vector": Case(lead=(), scaling=2.0**-10),
-    "all-three": Case(lead=(3, 3), k=3, d=3, r=3, n=3),
     "empty-batch": Case(lead=(0, 5), **ALIGNED),
-    "empty-rows": Case(lead=(5, 0), bias=False),
-    "width-one": Case(lead=(1, 2, 1, 1), k=1, d=1, r=1),
-    "only-head": Case(k=320, d=256, r=16, n=1),  # a LoRA
+    "only-head": Case(k=320, d=256, r=16, n=1),  # LoRA
     "last-tokens": Case(lead=(99, 1), **ALIGNED, layout="gaps", in_layout=("x",)),
     "thousands": Case(lead=(512, 8), k=64, d=64, r=8, n=3, mean=1.0),
     "grid-limit": Case(lead=(65540,), k=3, d=2, r=1, n=2, requires_grad=ADAPTER),
     "heads-at-zero": Case(lead=(2, 30), k=3, d=10, bias=False, B_scale=0.0),  # at the start
     "near-zero": Case(B_scale=2e-4),  # soon after the start
     "token-at-zero": Case(layout="padding", in_layout=("x",)),
-    "steep": Case(n=20, Wg_scale=100.0),
+    "steep": Case(n=70, Wg_scale=1000.0),
     "large-all": Case(input_scale=2.0**17, grad_scale=2.0**16),
     "decode-long": Case(lead=(1, 1), k=28673, d=80, r=32, n=8, requires_grad=ADAPTER),
     "decode-wide": Case(lead=(1, 1), k=80, d=9001, r=32, n=8, requires_grad=ADAPTER),
@@ -455,9 +452,7 @@ MODES = {"values": torch.no_grad, "inference-values": torch.inference_mode,
 # ---- The tests of an implementation ----
 @pytest.fixture
 def implementation():
-    """In one thread, as the tensors are small, and without earlier graphs of torch.compile."""
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
+    """In one thread, as the tensors are small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield IMPLEMENTATION or hydralora_layer
@@ -488,7 +483,7 @@ def test_oracle_calls_in_a_row(implementation, mode, group):
         with mode():
             inputs = tensors(Case(group, **size))
         for new, change in [
-                ((), {}), ((), dict(scaling=-0.5)), (LAYER, {}), (activations, {}),
+                ((), {}), ((), dict(scaling=0.0)), (LAYER, {}), (activations, {}),
                 (activations, dict(lead=(4, 7))), (activations, dict(lead=(2, 1))),
                 (TENSORS, dict(lead=(2, 1))), (("bias",), dict(bias=False)),
                 (INPUTS, dict(layout="columns", in_layout=("B",))), (("A", "B"), dict(r=2)),
@@ -523,9 +518,10 @@ def test_oracle_decoding(implementation, mode, group):
     """One token after another through a layer of a usual width."""
     case = Case(group, lead=(1, 1), k=1024, d=1024, r=8, n=3, requires_grad=ADAPTER)
     inputs = tensors(case)
-    calls = [forward(implementation, case, mode, inputs) for _ in range(12)]
+    calls = [forward(implementation, now, mode, inputs | tensors(now, ("x",)))
+             for now in [replace(case, resampled=("x",))] * 4 + [case] * 8]
     for call in calls:
-        assert_correct({"y": call.y}, case, "12 tokens: ")
+        assert_correct({"y": call.y}, call.case, "12 tokens: ")
     assert_correct(backward(calls[-1]), case, "the last of 12 tokens: ")
 
 
@@ -631,16 +627,11 @@ def test_oracle_gradients_of_each_choice(implementation, group):
 
 @parametrize("group", ["float32"], ids=["3d-float32"])
 def test_oracle_gradients_compiled(implementation, group):
-    """By torch.compile, which may refuse."""
-    try:
-        compiled = torch.compile(lambda *inputs: implementation(*inputs), backend="eager")
-        found = compute(compiled, Case(group))
-    except Exception as error:
-        cause = error.__context__ or error
-        if not type(cause).__module__.startswith("torch."):
-            raise
-        pytest.skip(f"PyTorch does not compile it: {cause}")
-    assert_correct(found, Case(group), "under torch.compile: ")
+    """By torch.compile; what it cannot compile runs as it is."""
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *inputs: implementation(*inputs), backend="eager")
+    with torch._dynamo.config.patch(suppress_errors=True):
+        assert_correct(compute(compiled, Case(group)), Case(group), "under torch.compile: ")
 
 
 TESTS = [test for name, test in globals().items() if name.startswith("test_oracle_")]  # above
@@ -785,14 +776,13 @@ WRONG = [
         y=lambda v: v.y.requires_grad_())),
     ("the backward has changed bias in place", "plain", dict(
         dy=lambda v, g: g + 0 * v.bias.data.mul_(2).sum())),
-    ("y is wrong", "plain", dict(s=lambda v: v.s * (v.x.dtype == v.W0.dtype)), "autonorm"),
     ("the call raised RuntimeError", "plain", dict(h=lambda v: v.x), "mixed mixfp16"),
     *(("lone token not scaled", name, dict(s=lambda v: v.s if v.tokens > 1 else 1.0))
       for name in ("vector", "last-tokens")),
-    ("W0 transposed if square", "all-three", dict(W0=lambda v: v.W0.T if v.k == v.d else v.W0)),
-    *(("y has no gradient", name, dict(y=lambda v: v.y if v.y.numel() else v.y.detach()))
-      for name in ("empty-batch", "empty-rows")),
-    ("wrong shape", "width-one", dict(y=lambda v: v.y.squeeze())),
+    ("W0 transposed if square", "layout-contiguous", dict(
+        W0=lambda v: v.W0.T if v.k == v.d else v.W0)),
+    ("y has no gradient", "empty-batch", dict(y=lambda v: v.y if v.y.numel() else v.y.detach())),
+    ("wrong shape", "last-tokens", dict(y=lambda v: v.y.squeeze())),
     ("no update with one head", "only-head", dict(delta=lambda v: v.delta * (v.n > 1))),
     (".grad is wrong", "thousands", dict(y=lambda v: chunks(v, 16)), "bfloat16"),
     ("first 65535 tokens only", "grid-limit", dict(delta=lambda v: zero_from(v.delta, -2, 65535))),
@@ -802,7 +792,6 @@ WRONG = [
     ("no gradient of padding", "token-at-zero", dict(
         dx=lambda v, g: g * v.x.any(-1, keepdim=True))),
     ("gradients clamped", "large-all", dict(ddelta=lambda v, g: g.clamp(-1000, 1000))),
-    ("first 1049 of d only", "both-wide", dict(delta=lambda v: zero_from(v.delta, -1, 1049))),
     ("first 2**20 of W0 only", "both-wide", dict(
         W0=lambda v: zero_from(v.W0.flatten(), 0, 2**20).view(v.d, v.k))),
     ("first 8192 of k only", "decode-long", dict(x=lambda v: zero_from(v.x, -1, 8192))),
@@ -814,13 +803,13 @@ WRONG = [
     ("first 64 of k only", "drawn-odd-k", dict(x=lambda v: zero_from(v.x, -1, 64))),
     ("first 64 ranks only", "drawn-large-r", dict(A=lambda v: zero_from(v.A, -2, 64))),
     ("first 16 heads only", "steep", dict(B=lambda v: zero_from(v.B, -3, 16))),
-    ("wrong at sizes of 64", "layout-contiguous", dict(A=lambda v: v.A * (1 + (v.k % 64 == 0)))),
     *(("x read as contiguous", f"layout-{layout}", dict(x=lambda v: as_contiguous(v.x)))
-      for layout in [*LAYOUTS, "number"][1:]),  # not "contiguous"
+      for layout in [*LAYOUTS, "number"][1:]),
     ("a gap is read", "layout-rows", dict(
         z=lambda v: v.z + v.x.detach().as_strided((), (), v.k) * (v.x.stride(-2) > v.k))),
     ("B read as contiguous", "layout-second", dict(B=lambda v: as_contiguous(v.B))),
-    ("grad_y read as contiguous", "layout-swapped", dict(dy=lambda v, g: as_contiguous(g))),
+    *(("grad_y read as contiguous", f"layout-{layout}", dict(dy=lambda v, g: as_contiguous(g)))
+      for layout in ("swapped", "number")),
 
     ("a later call", test_oracle_calls_in_a_row, dict(
         s=lambda v: v.memory.setdefault("s", v.s))),
@@ -828,16 +817,21 @@ WRONG = [
         name: lambda v, name=name: straight_through(t := getattr(v, name), t.__dict__.setdefault(
             "cached", t.detach().clone()))}) for name in INPUTS),
     ("the call has changed W0 in place", test_oracle_decoding, dict(
-        W0=lambda v: v.W0.data.mul_(1.01) if v.tokens == 1 else v.W0)),
+        W0=lambda v: v.W0.data.mul_(1 + torch.finfo(v.W0.dtype).eps) if v.tokens == 1 else v.W0)),
+    ("12 tokens: y is wrong", test_oracle_decoding, dict(  # the first y is overwritten
+        y=lambda v: v.memory.setdefault(v.y.shape, v.y).data.copy_(v.y) is None or v.y)),
     ("in reverse order", test_oracle_many_layers, dict(
         delta=listed, ddelta=lambda v, g: g * (v.memory["calls"].pop(0) is v))),
     ("in this order", test_oracle_many_layers, dict(
         delta=listed, ddelta=lambda v, g: g * any(call is v for call in v.memory["calls"][-64:]))),
+    ("A was changed in other memory", test_oracle_changed_tensors, dict(A=lambda v: (
+        straight_through(v.A, v.A.__dict__.setdefault("cached", v.A.detach()))))),
     *((f"nan in {name}: y is not nan", test_oracle_nan_stays, {
         name: lambda v, name=name: getattr(v, name).nan_to_num()}) for name in INPUTS),
     ("inf in grad_y: finite", test_oracle_nan_stays, dict(dy=lambda v, g: g.clamp(-1e4, 1e4))),
-    ("keeps x or y alive", test_oracle_nothing_kept, dict(
-        y=lambda v: v.memory.setdefault(len(v.memory), v.y))),
+    *(("keeps x or y alive", test_oracle_nothing_kept, {
+        name: lambda v, name=name: v.memory.setdefault(len(v.memory), getattr(v, name))})
+      for name in "xy"),
     ("two backwards", test_oracle_gradients_add_up, dict(
         dA=lambda v, g: setattr(v.weights[2], "grad", None) or g)),
     ("the second torch.autograd.grad", test_oracle_gradients_twice, dict(
@@ -845,6 +839,8 @@ WRONG = [
     *((f"{name} changed before the backward", test_oracle_gradients_after_a_change, {
         f"d{name}": lambda v, g, i=i: g * (v.weights[i]._version == 0)})
       for i, name in enumerate(LAYER)),
+    ("y changed before the backward", test_oracle_gradients_after_a_change, dict(
+        dy=lambda v, g: g * (v.y._version == 0))),
     ("y has no gradient, but Wg require", test_oracle_gradients_of_each_choice, dict(
         y=lambda v: v.y if v.x.requires_grad else v.y.detach())),
     ("under torch.compile", test_oracle_gradients_compiled, dict(
@@ -853,11 +849,10 @@ WRONG = [
 
 
 @pytest.mark.usefixtures("implementation")
-@parametrize("message, caught_by, steps, groups", [
-    (message, caught_by, steps, groups[0].split() if groups else ["float32", "bfloat16"])
-    for message, caught_by, steps, *groups in WRONG], ids=[message for message, *_ in WRONG])
-def test_wrong_implementation_is_caught(message, caught_by, steps, groups):
-    for group in groups:
+@parametrize("row", WRONG, ids=[message for message, *_ in WRONG])
+def test_wrong_implementation_is_caught(row):
+    message, caught_by, steps, *groups = row
+    for group in groups[0].split() if groups else ["float32", "bfloat16"]:
         if caught_by != "plain":
             run_check("plain", mutant(**steps), group)
         with pytest.raises(AssertionError, match=re.escape(message)):
@@ -908,8 +903,7 @@ def test_right_implementation_passes(style):
     """Each style in each case and test, in groups that take turns."""
     for i, check in enumerate([*CASES, *RANDOM, *TESTS], list(CORRECT).index(style)):
         groups = groups_of(check)
-        with contextlib.suppress(pytest.skip.Exception):  # PyTorch does not compile it
-            run_check(check, CORRECT[style], groups[i % len(groups)])
+        run_check(check, CORRECT[style], groups[i % len(groups)])
 
 
 # ---- The reference and the settings ----
@@ -929,13 +923,12 @@ def test_reference_by_hand():
 
 
 @parametrize("group", ["float64", "bfloat16"])
-@parametrize("name", ["plain", "vector", "all-three", "steep", "layout-second"])
+@parametrize("name", ["plain", "vector", "layout-second"])
 def test_reference_agrees_with_autograd(name, group):
     """In the expected values, which are those of the rounded tensors."""
     case = ALL_CASES[name, group]
     by_torch = by_autograd(scaling=case.scaling, **as_float64(tensors(case)))
-    for one, by_hand in expected(case).items():
-        torch.testing.assert_close(by_hand, by_torch[one], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(expected(case), by_torch, rtol=1e-10, atol=1e-10)
 
 
 def test_unknown_setting_is_refused(monkeypatch):
@@ -986,6 +979,7 @@ def test_defaults():
     assert all(p.is_meta for p in layer.parameters())
     assert "num_heads=3, r=8, scaling=2" in str(layer) and layer.lora_dropout.p == 0
     assert layer.weight is base.weight and layer.bias is base.bias
+    assert (layer.in_features, layer.out_features) == (2, 5)
     assert not isinstance(layer.router, nn.Linear)  # which quantisers replace
     assert {name: tuple(p.shape) for name, p in layer.named_parameters() if p.requires_grad} == {
         "lora_A": (8, 2), "lora_B": (3, 5, 8), "router.weight": (3, 2)}
@@ -997,6 +991,7 @@ def test_dtypes(dtype):
     adapter = torch.promote_types(dtype, f32)
     assert layer.lora_A.dtype == layer.lora_B.dtype == layer.gates(x.half()).dtype == adapter
     assert layer(x).dtype == dtype and layer.to(dtype)(x).dtype == dtype
+    assert mean_gates(nn.Sequential(layer), [x])["0"].dtype == adapter
 
 
 def test_initialisation():
@@ -1045,22 +1040,22 @@ def test_upper_part_uses_nothing_below_it():
     upper = {"__name__": "upper"}
     exec(SOURCE[:SOURCE.index("# ---- On a model")], upper)
     upper["TinyTransformer"](upper["TinyConfig"]())(IDS)
-    upper["num_heads_from_corpus"](["a b", "a b", "c d"])
+    assert upper["num_heads_from_corpus"](["a b", "a b", "c d"])[1][-1] < 1e-5  # not nan
 
 
 # ---- A model ----
-def test_tiny_transformer_is_causal(monkeypatch):
-    model, later, attention = plain_model(), IDS.clone(), F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **options: attention(
-        q.view(3, 4, 11, 16), k, v, **options))  # (b, heads, t, head width)
-    later[:, 7:] = 0
-    close(model(IDS)[:, :7], model(later)[:, :7])
-
-
-def test_tiny_transformer_uses_all_its_parameters():
-    model = plain_model()
-    F.cross_entropy(model(IDS).mT, IDS).backward()
-    assert all(p.grad.any() for p in model.parameters())
+def test_tiny_transformer_step_by_step():
+    model, split = plain_model(), (3, 11, 4, 16)  # sequences, tokens, heads, head width
+    h = model.token_embedding(IDS) + model.position_embedding.weight[:11]
+    for layer in model.layers:
+        x = layer.attention_norm(h)
+        q, k, v = ((x @ proj.weight.T).view(split).transpose(1, 2)
+                   for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+        future = torch.ones(11, 11).triu(1).bool()
+        attention = (q @ k.mT / 4).masked_fill(future, -math.inf).softmax(-1)
+        h = h + (attention @ v).transpose(1, 2).reshape(3, 11, 64) @ layer.o_proj.weight.T
+        h = h + layer.down_proj(F.gelu(layer.up_proj(layer.mlp_norm(h))))
+    close(model(IDS), model.lm_head(model.norm(h)))
 
 
 def test_injection_changes_no_output_and_no_mode():
@@ -1134,7 +1129,7 @@ def test_sse_by_hand(documents):
 @torch.no_grad()
 def test_merge_rounds_once(size, dtype):
     layer = make_layer(dtype=dtype, lora_alpha=size * R).eval()
-    A, B = layer.to_lora(GATES)
+    A, B = layer.to_lora(GATES.double())
     W = (layer.weight.to(A.dtype) + size * (B @ A)).to(dtype)
     with torch.autocast("cpu", dtype=bf16):
         merged = layer.merge(GATES)
@@ -1205,7 +1200,8 @@ def test_gates_of_a_model_that_may_be_compiled(compiled):
         run(IDS)  # the last forward counts
     assert gates.keys() == hydralora_layers(model).keys()
     assert not any(w.requires_grad for w in gates.values())
-    close([*mean_gates(run, [dict(tokens=IDS)]).values()], [w.mean((0, 1)) for w in gates.values()])
+    means = mean_gates(run, [collections.UserDict(tokens=IDS)]).values()
+    close([*means], [w.mean((0, 1)) for w in gates.values()])
     with hook_gates(model, lambda name, w: 0 * w):
         close(run(IDS), plain_model()(IDS))
     assert torch.equal(run(IDS), logits)
@@ -1224,13 +1220,6 @@ def test_mean_gates_are_those_of_eval_mode():
         mean_gates(model, [x.T])
     assert model.training and [m.training for m in model] == [True, True, False]
     assert not model[1].router._forward_hooks
-
-
-def test_mean_gates_of_a_bfloat16_model_sum_to_one():
-    model = nn.Sequential(make_layer().to(bf16))
-    mean = mean_gates(model, [randn(40, K).to(bf16) for _ in range(60)])["0"]
-    assert mean.dtype == f32 and not mean.requires_grad
-    assert mean.sum().item() == pytest.approx(1, abs=1e-3)
 
 
 # ---- Files ----
@@ -1293,6 +1282,7 @@ def test_export_of_layers_of_unlike_r_and_scaling():
 # ---- Bad input ----
 BAD_CALLS = {  # the message: a call
     "real weights, got": lambda: HydraLoRALinear(nn.Linear(2, 2, dtype=torch.cfloat)),
+    "base must be an nn.Linear": lambda: HydraLoRALinear(make_layer()),
     "num_heads, r must be integers >= 1, got True, 3": lambda: make_layer(num_heads=True),
     "integers >= 1, got 4, 0": lambda: make_layer(r=0),
     "W is not finite in torch.float16": lambda: make_layer(dtype=f16, lora_alpha=1e7).merge(GATES),
@@ -1310,7 +1300,8 @@ BAD_CALLS = {  # the message: a call
     "has zeros: batch sequences of one length": lambda: mean_gates(
         adapted_model(), [collections.UserDict(attention_mask=torch.ones(1, 2, 2).tril())]),
     "batches must be a list": lambda: mean_gates(adapted_model(), IDS),
-    "no token reached some": lambda: mean_gates(adapted_model(), [IDS[:0]]),
+    "no token reached some": lambda: mean_gates(
+        setattr(model := adapted_model(), "idle", make_layer()) or model, [IDS]),
     "q_proj has only the heads .0, 1, 2, 4, 5": lambda: from_official_state_dict(
         {key: t for key, t in OFFICIAL.items() if "B3" not in key}),
     "lora_A is on meta": lambda: hydralora_state_dict(adapted_model().to("meta")),
@@ -1348,9 +1339,8 @@ def test_refused_injection_changes_nothing(model, targets, arguments, message):
 # ---- In real projects ----
 def test_accelerate_is_removed_as_the_message_says():
     accelerate, transformers = map(pytest.importorskip, ("accelerate", "transformers"))
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(  # small, and random
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        vocab_size=99))
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
     inject_hydralora(llama, "q_proj")
     gates = mean_gates(llama, [dict(input_ids=IDS, attention_mask=torch.ones_like(IDS))])
     accelerate.dispatch_model(llama, {"": "cpu"}, force_hooks=True)
@@ -1521,6 +1511,7 @@ def test_toy_subspace_overlap(toy):
 def test_toy_experiment(toy, tmp_path, capsys, monkeypatch):
     def num_heads_from_corpus(documents):
         assert max(map(max, documents)) < toy.SYMBOLS  # no question marks
+        assert len(documents) <= toy.STEPS * toy.BATCH  # the test set has more
         return 3, [2.0, 1.0]
 
     def ablate_heads(model, data, n):
@@ -1528,17 +1519,18 @@ def test_toy_experiment(toy, tmp_path, capsys, monkeypatch):
         return torch.full((toy.DOMAINS, n), -0.01)
 
     def merged_accuracy(model, calibration, test):
-        assert len(calibration.tokens) <= toy.STEPS * toy.BATCH  # the test set has more
+        assert len(calibration.tokens) <= toy.STEPS * toy.BATCH
         domains = {*calibration.domain.tolist(), *test.domain.tolist()}
         return torch.full((len(test.tokens),), float(len(domains)))
 
     for stand_in in (num_heads_from_corpus, ablate_heads, merged_accuracy):
         monkeypatch.setattr(toy, stand_in.__name__, stand_in)
+    monkeypatch.setattr(toy, "COPY_WEIGHT", None)
     file = tmp_path / "result.json"
     run_toy(toy, *f"--seed 1 --heads 2 --copy-weight 0 --json {file}".split())
     printed, result = capsys.readouterr().out, json.loads(file.read_text())
     assert (result["seed"], result["copy_weight"]) == (1, 0)
-    assert (result["heads_found"], result["num_heads"]) == (3, 2)
+    assert (result["heads_found"], result["num_heads"], len(result["gates"][0])) == (3, 2, 2)
     assert result["merged"] == {"known": 1, "all": 3}  # domains at a time
     for name in toy.MAIN_RUN:
         accuracy = result["methods"][name]["accuracy"]
@@ -1547,20 +1539,20 @@ def test_toy_experiment(toy, tmp_path, capsys, monkeypatch):
 
 
 @parametrize("router, symbols, gain, passed, printed", [
-    (0.96, 0.6, 5, True, "The heads specialise by domain.\n"),
+    (0.5, 0.3, 5, True, "The heads specialise by domain.\n"),
     (0.96, 0.05, -5, False, "HydraLoRA is 5.0 points behind LoRA.\n"),
-    (0.45, 0.05, 5, False, "do not specialise by domain: the symbol explains 100 % of"),
+    (0.45, 0.05, 5, False, "do not specialise by domain: the symbol explains (49|50|51) % of"),
     (0.6, 0.5, 5, False, "HydraLoRA is 5.0 points ahead of LoRA.\n")])
 def test_toy_check(router, symbols, gain, passed, printed, toy, adapted, monkeypatch, capsys):
     scores = iter([router, symbols])
     monkeypatch.setattr(toy, "nmi", lambda w, domain: next(scores))
-    monkeypatch.setattr(toy, "gates_of", lambda model, data: F.one_hot(
-        data.tokens[:, :toy.LENGTH] % 2).float())  # the symbol's parity chooses the head
+    monkeypatch.setattr(toy, "gates_of", lambda model, data: sum(
+        F.one_hot(which % 2).float() for which in (data.tokens, torch.arange(64)))[:, :toy.LENGTH])
     monkeypatch.setattr(toy, "fine_tune", lambda task, model, method, name, tell: (
         adapted, dict(size=1, accuracy=50.0 + gain * (name == "HydraLoRA"))))
     assert run_toy(toy, "--check", "--heads", "2") == 1 - passed
     out = capsys.readouterr().out
-    assert printed in out and out.count("\ncheck: ") == 2
+    assert re.search(printed, out) and out.count("\ncheck: ") == 2
     assert out.count(": NO\n") == (not passed)
 
 
@@ -1608,7 +1600,7 @@ def test_toy_tune(toy, monkeypatch, capsys):
 
 
 @parametrize("options, message", [
-    ("--table --check", "--check does not belong"),
+    ("--table --check", "--check does"), ("--table --copy-weight 1", "--copy-weight does"),
     ("--copy-weight nan", "--copy-weight must be"), ("--heads 0", "--heads must be"),
     ("--seed -1", "--seed and"), ("--json /no/such/x", "/no/such/x"),
     ("--device no_such --json y", "no_such")])
@@ -1623,11 +1615,11 @@ def test_toy_refuses_options(options, message, toy, capsys, tmp_path, monkeypatc
 
 def test_toy_cost(toy, capsys, monkeypatch):
     seconds = iter([2.0, 4.0, 8.0])  # of the layer, the LoRA and the loop
-    monkeypatch.setattr(toy, "median", lambda t: next(seconds))
+    monkeypatch.setattr(toy, "median", lambda t: len(t) == 1 and next(seconds))
     toy.cost("cpu", sizes=[(256, 512, 4, 3)], rounds=1)
     by_lora, by_loop = re.search(
         r"time 0.50 and 0.25, bytes (\S+) and (\S+)", capsys.readouterr().out).groups()
-    assert float(by_loop) < 0.05 < 1 < float(by_lora)
+    assert float(by_loop) < 0.05 and 3 < float(by_lora) < 4
 
 
 # ---- README ----

@@ -4,7 +4,7 @@
 
     python train_toy.py             the experiment: under a minute on a CPU
     python train_toy.py --table     README's table, twenty seeds: 15 minutes on two cores
-    python train_toy.py --tune      the learning rates: 45 minutes
+    python train_toy.py --tune      the learning rates: 40 minutes
     python train_toy.py --cost      time and memory of the layer
 
 Sequences come from hidden domains, each with its own substitution cipher:
@@ -13,10 +13,10 @@ Sequences come from hidden domains, each with its own substitution cipher:
     target:                   k f k k c k ...    the same symbols, enciphered
 
 A transformer is pre-trained on one set of ciphers and frozen; then adapters learn new ones.
-The task is designed so that the heads (the paper's experts B_i) specialise by domain: a
-router follows whatever dominates its input. Each domain prefers its own third of the
-symbols, and an auxiliary loss makes the first block predict the plaintext symbol, so that
-the domain dominates the input of the last o_proj, where the adapters are. With
+The task is designed so that the heads specialise by domain: a router follows whatever
+dominates its input. Each domain prefers its own third of the symbols, and an auxiliary loss
+makes the first block predict the plaintext symbol, so that the domain dominates the input
+of the last o_proj, where the adapters are. With
 --copy-weight 0 it depends on the seed: on 304 the heads specialise by symbol.
 """
 import argparse
@@ -497,11 +497,11 @@ def read_options():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes, add = parser.add_mutually_exclusive_group(), parser.add_argument
-    for mode in ("table", "tune", "cost"):  # described in the docstring
+    for mode in ("table", "tune", "cost"):
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode)
     add("--seed", type=int, default=0, help="of all random numbers (default: 0)")
     add("--heads", type=int, help="n (default: found by k-means)")
-    add("--copy-weight", type=float, default=COPY_WEIGHT, metavar="WEIGHT",
+    add("--copy-weight", type=float, default=COPY_WEIGHT,
         help="of the auxiliary loss (default: %(default)s, for which the rates are tuned)")
     add("--method", choices=methods(), metavar="NAME", help="for --tune (default: all)")
     add("--check", action="store_true", help="exit 1 unless both checks pass")
