@@ -16,8 +16,8 @@ A transformer is pre-trained on one set of ciphers and frozen; then adapters lea
 The task is designed so that the heads specialise by domain: a router follows whatever
 dominates its input. Each domain prefers its own third of the symbols, and an auxiliary loss
 makes the first block predict the plaintext symbol, so that the domain dominates the input
-of the last o_proj, where the adapters are. With
---copy-weight 0 it depends on the seed: on 304 the heads specialise by symbol.
+of the last o_proj, where the adapters are. With --copy-weight 0 it depends on the seed: on
+304 the heads specialise by symbol.
 """
 import argparse
 import copy
@@ -154,7 +154,7 @@ class LabelRouter(nn.Module):
 @dataclass
 class Method:
     """What is trained, and on which layers."""
-    lr: float  # the best of --tune
+    lr: float  # the best of --tune; in the main run, within a point of it at --copy-weight 0
     n: int = 1  # heads; a single head is a LoRA
     r: int = RANK
     layer: type = HydraLoRALinear  # None: full fine-tuning
@@ -502,7 +502,7 @@ def read_options():
     add("--seed", type=int, default=0, help="of all random numbers (default: 0)")
     add("--heads", type=int, help="n (default: found by k-means)")
     add("--copy-weight", type=float, default=COPY_WEIGHT,
-        help="of the auxiliary loss (default: %(default)s, for which the rates are tuned)")
+        help="of the auxiliary loss (default: %(default)s)")
     add("--method", choices=methods(), metavar="NAME", help="for --tune (default: all)")
     add("--check", action="store_true", help="exit 1 unless both checks pass")
     add("--json", metavar="FILE", help="for the results, also of --table")
