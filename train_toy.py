@@ -14,10 +14,10 @@ Sequences come from hidden domains, each with its own substitution cipher:
 
 A transformer is pre-trained on one set of ciphers and frozen; then adapters learn new ones.
 The task is designed so that the heads specialise by domain: a router follows whatever
-dominates its input. Each domain prefers its own third of the symbols, and an auxiliary loss
-makes the first block predict the plaintext symbol, so that the domain dominates the input
-of the last o_proj, where the adapters are. With --copy-weight 0 it depends on the seed: on
-304 the heads specialise by symbol.
+dominates its input. Each domain prefers its own third of the symbols, and an auxiliary
+loss makes the first block predict the plaintext symbol, so that the domain dominates the
+input of the last o_proj, where the adapters are. With --copy-weight 0 it depends on the
+seed: on 304 the heads specialise by symbol.
 """
 import argparse
 import copy
@@ -154,7 +154,7 @@ class LabelRouter(nn.Module):
 @dataclass
 class Method:
     """What is trained, and on which layers."""
-    lr: float  # the best of --tune; in the main run, within a point of it at --copy-weight 0
+    lr: float  # the best of --tune; at --copy-weight 0, within a point (main run)
     n: int = 1  # heads; a single head is a LoRA
     r: int = RANK
     layer: type = HydraLoRALinear  # None: full fine-tuning
