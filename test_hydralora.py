@@ -307,7 +307,7 @@ def call_kernel(function, arguments, case, moment):
             f"-k 'oracle and not {case.group}' or -k 'oracle and not {case.name or test}'"
         ) from None
     after = global_state()
-    torch.set_num_threads(before["threads"])
+    torch.set_num_threads(before["threads"])  # for later calls
     changed = [f"{name} to {after[name]}" for name in after if after[name] != before[name]]
     assert not changed, f"{moment} has changed {', '.join(changed)}; {case}"
     return returned
@@ -928,7 +928,7 @@ def test_reference_agrees_with_autograd(name, group):
     """In the expected values, which are those of the rounded tensors."""
     case = ALL_CASES[name, group]
     by_torch = by_autograd(scaling=case.scaling, **as_float64(tensors(case)))
-    torch.testing.assert_close(expected(case), by_torch, rtol=1e-10, atol=1e-10)
+    close(expected(case), by_torch, rtol=1e-10, atol=1e-10)
 
 
 def test_unknown_setting_is_refused(monkeypatch):
