@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # SPDX-FileCopyrightText: 2026 the "HydraLoRA in one file" authors
-"""HydraLoRA in one file: one shared matrix A, N heads B_i, and a router that weights them.
+"""HydraLoRA in one file: one shared matrix A, N heads B_i, and a router over the heads.
 
 Tian, Shi, Guo, Li, Xu: "HydraLoRA: An Asymmetric LoRA Architecture for Efficient
 Fine-Tuning", NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are trained:
@@ -19,23 +19,24 @@ Fine-Tuning", NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are tr
     Wg     router.weight  (n, k)    Eq. 4's Wg^T, stored as nn.Linear stores a weight
     w      w, gates       (..., n)  gates: mixture weights per token; (n,) if fixed
 
-What this file does where the paper is silent or the official code differs. "L" is a line
-of HydraLoRA/peft/tuners/lora.py in github.com/Clin0212/HydraLoRA at afb693b.
+Choices where the paper is silent or the official code differs. L339 is line 339 of
+HydraLoRA/peft/tuners/lora.py in github.com/Clin0212/HydraLoRA at afb693b.
 
-    [1] The router reads x, as in the paper's text and L339. Before Eq. 4 the paper gives
-        Wg the shape (r, N), which fits A x.
-    [2] The router has no bias (L279) and is Kaiming-uniform at init (L299), like A (L295).
-    [3] The softmax is in float32, or float64 for float64, and cast back; L339: always float32.
+    [1] The router reads x, as in the paper's text and L339. But the paper prints Wg as
+        (r, N), which fits A x.
+    [2] The router has no bias (L279) and Kaiming-uniform init (L299), like A (L295).
+    [3] The softmax runs in float32, or float64 in a float64 layer, and w is cast back;
+        L339 always uses float32.
     [4] The update is scaled by lora_alpha / r (L284, L342); the paper has no such factor.
-    [5] One dropout mask for all heads, on A's input; the router sees x without dropout
+    [5] All heads share one dropout mask, on A's input; the router sees x without dropout
         (L339). L342 draws a mask per head; the paper has no dropout.
-    [6] Only y is returned. L347 also returns a balance loss, always 0 (L344).
-    [7] The caller picks the layers. Table 2's 0.124 % of parameters fits q and v without
-        routers; the official script adapts gate, up and down.
-    [8] Merging uses one w, from the caller, for all tokens: not exact. The paper merges
-        "based on the input" (3.2.2): per token, as we read it; lora.py never merges.
+    [6] Only y is returned; L347 adds a balance loss, always 0 (L344).
+    [7] The caller picks the layers. Table 2's 0.124 % of parameters are those of q and v,
+        without routers; the official script adapts gate, up and down.
+    [8] Merging uses one w, from the caller, for all tokens, so it is not exact. The paper
+        merges "based on the input" (3.2.2), which we read as per token; lora.py never merges.
 
-Read down to "On a model" alongside the paper; that part uses nothing below it.
+Alongside the paper, read the part above "On a model": it uses nothing below.
 """
 import math
 import re
@@ -48,38 +49,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__version__ = "0.6.0"
-
-
-# ---- The equations ----
-def hydralora_gates(x, Wg):
-    """Eq. 4: w = softmax(Wg x), where our Wg is the paper's Wg^T.
-
-    x (..., k), Wg (n, k) -> w (..., n). A float16 logit above 65,504 gives nan.
-    """
-    logits = F.linear(x, Wg)  # (..., n)
-    high = torch.promote_types(logits.dtype, torch.float32)
-    return logits.softmax(-1, dtype=high).to(logits.dtype)  # (..., n) [3]
-
-
-def hydralora_delta(x, A, B, gates, scaling):
-    """The update in Eq. 3, scaling * sum_i w_i B_i A x, as one product for all heads:
-
-        sum_i w_i B_i z  =  [B_1 ... B_n] [w_1 z; ...; w_n z],    z = scaling * A x.
-
-    x (..., k), A (r, k), B (n, d, r), gates w (..., n) -> (..., d).
-    """
-    z = F.linear(x, A) * scaling                # (..., r) [4]
-    wz = gates.unsqueeze(-1) * z.unsqueeze(-2)  # (..., n, r)
-    heads = B.transpose(0, 1).flatten(1)        # (d, n r)
-    return F.linear(wz.flatten(-2), heads)      # (..., d)
+__version__ = "0.7.0"
 
 
 # ---- The layer ----
-class Router(nn.Module):
-    """Eq. 4 as a module, so that a forward hook sees w: x (..., k) -> w (..., n).
+class Router(nn.Module):  # no nn.Linear, which quantisers replace
+    """Eq. 4, w = softmax(Wg x): x (..., k) -> w (..., n).
 
-    Not an nn.Linear: a quantiser would replace it, softmax included.
+    The layer uses the w that its router returns, and hooks see them: they are final, also in
+    a subclass, such as one for top-k. A float16 logit above 65,504 gives nan.
     """
 
     def __init__(self, k, n, device=None, dtype=None):
@@ -91,7 +69,9 @@ class Router(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # U(-1, 1) / sqrt(k) [2]
 
     def forward(self, x):
-        return hydralora_gates(x, self.weight)
+        logits = F.linear(x, self.weight)  # (..., n)
+        high = torch.promote_types(logits.dtype, torch.float32)
+        return logits.softmax(-1, dtype=high).to(logits.dtype)  # (..., n) [3]
 
 
 class HydraLoRALinear(nn.Module):
@@ -135,36 +115,39 @@ class HydraLoRALinear(nn.Module):
 
     def reset_parameters(self):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(-1, 1) / sqrt(k)
-        nn.init.zeros_(self.lora_B)  # zero initial update (below Eq. 1)
+        nn.init.zeros_(self.lora_B)  # the update starts at zero
 
     def extra_repr(self):
         return f"num_heads={self.num_heads}, r={self.r}, scaling={self.scaling:g}"
 
-    def gates(self, x):
-        """w of Eq. 4 for each token: x (..., k), of any dtype -> w (..., n)."""
-        return self.router(x.to(self.lora_A.dtype))  # (..., n) [1]
+    def router_input(self, x):
+        """What the router reads, x (..., k) [1]; a variant may override this."""
+        return x
 
     def forward(self, x):
-        """Eqs. 3 and 4, L336-347: x (..., k) -> y (..., d)."""
-        y = self.base(x)                # (..., d)
-        x = x.to(self.lora_A.dtype)
-        w = self.gates(x)               # (..., n)
-        dropped = self.lora_dropout(x)  # (..., k) [5]
-        delta = hydralora_delta(dropped, self.lora_A, self.lora_B, w, self.scaling)
-        return y + delta.to(y.dtype)  # (..., d) [6]
+        """Eqs. 3 and 4, L336-347: x (..., k) -> y (..., d).
 
-    weight = property(lambda self: self.base.weight)  # some models read these
+        einsum multiplies w and z first, so that all heads are one matrix product.
+        """
+        y = self.base(x)                                 # (..., d)
+        x = x.to(self.lora_A.dtype)
+        w = self.router(self.router_input(x))            # (..., n), Eq. 4
+        z = F.linear(self.lora_dropout(x), self.lora_A)  # (..., r) [5]
+        delta = torch.einsum("...n,...r,ndr->...d", w, self.scaling * z, self.lora_B)  # Eq. 3 [4]
+        return y + delta.to(y.dtype)                     # (..., d) [6]
+
+    weight = property(lambda self: self.base.weight)  # as in nn.Linear; T5 reads wo.weight
     bias = property(lambda self: self.base.bias)
 
     @torch.no_grad()
     def to_lora(self, gates):
-        """Eq. 1 for fixed gates (n,): copies of A (r, k) and sum_i gates_i B_i (d, r).
+        """The LoRA of Eq. 1 for fixed gates (n,): A (r, k) and sum_i gates_i B_i (d, r).
 
-        Heads are linear: mixing weights mixes outputs (3.2.2). A and the sum are
-        float32 or float64, unscaled.
+        Heads are linear, so mixing matrices mixes outputs (3.2.2). Both are unscaled copies
+        in float32 or float64.
         """
         if type(self).forward is not HydraLoRALinear.forward:
-            raise TypeError(f"{type(self).__name__} has its own forward, but no to_lora")
+            raise TypeError(f"{type(self).__name__} overrides forward, but not to_lora")
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         gates = torch.as_tensor(gates, dtype=dtype)
         if gates.shape != (self.num_heads,) or not gates.isfinite().all():
@@ -181,12 +164,16 @@ class HydraLoRALinear(nn.Module):
         scaling * sum_i (gates_i - w_i) B_i A x [8]. W is cast to W0's dtype once.
         TypeError if base is not a plain nn.Linear, or if W overflows its dtype.
         """
-        W0, bias = _plain_linear(self.base)                 # (d, k), (d,) or None
-        with torch.autocast(W0.device.type, enabled=False):  # B @ A unrounded
+        if not _is_plain_linear(self.base):
+            raise TypeError("base must be a plain nn.Linear: no quantised, meta or parametrized "
+                            "weights, and no hooks (accelerate.hooks.remove_hook_from_submodules "
+                            f"removes Accelerate's), got {self.base}")
+        W0, bias = self.base.weight, self.base.bias         # (d, k), (d,) or None
+        with torch.autocast(W0.device.type, enabled=False):  # B @ A in full precision
             A, B = self.to_lora(gates)                      # (r, k), (d, r)
             W = (W0 + self.scaling * (B @ A)).to(W0.dtype)  # (d, k), Eq. 2
         if not W.isfinite().all():
-            raise TypeError(f"base cannot be merged: W is not finite in {W.dtype}")
+            raise TypeError(f"W is not finite in {W.dtype}")
         d, k = W.shape
         merged = nn.Linear(k, d, bias is not None, device="meta")  # weights follow
         merged.weight = nn.Parameter(W, requires_grad=W0.requires_grad)
@@ -195,25 +182,13 @@ class HydraLoRALinear(nn.Module):
         return merged.train(self.base.training)
 
 
-def _plain_linear(base):
-    """W0 (d, k) and bias (d,) or None of a plain nn.Linear; TypeError for any other."""
-    def refuse(reason):
-        raise TypeError(f"base cannot be merged: {reason}: {base}")
-
-    if vars(base).get("forward") not in (None, type(base).forward.__get__(base)):
-        refuse("its forward was replaced (by Accelerate? First call "
-               "accelerate.hooks.remove_hook_from_submodules(model))")
-    if type(base).forward is not nn.Linear.forward:
-        refuse("its class has a forward of its own")
-    for name in ("weight", "bias") if base.bias is not None else ("weight",):
-        p = base._parameters.get(name)
-        if type(p) is not nn.Parameter:
-            refuse(f"its {name} is {'computed' if p is None else type(p).__name__}")
-        if p.is_meta or not p.is_floating_point() or p.dtype.itemsize < 2:
-            refuse(f"its {name} is {p.dtype} on {p.device}")
-    if base._forward_hooks or base._forward_pre_hooks:
-        refuse("it has forward hooks")
-    return base.weight, base.bias
+def _is_plain_linear(base):
+    """Whether base computes W0 x + bias from its two parameters alone."""
+    return (base.forward == nn.Linear.forward.__get__(base)
+            and not base._forward_hooks and not base._forward_pre_hooks
+            and base._parameters.keys() == {"weight", "bias"}  # not computed, no others
+            and all(type(p) is nn.Parameter and not p.is_meta and p.is_floating_point()
+                    and p.dtype.itemsize > 1 for p in base.parameters(recurse=False)))
 
 
 # ---- A tiny transformer with Llama's projection names ----
@@ -244,7 +219,8 @@ class TinyBlock(nn.Module):
     def forward(self, h):
         x = self.attention_norm(h)  # (b, t, width)
         q, k, v = (proj(x).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))  # (b, heads, t, head width)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        # (b, attention heads, t, head width)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         h = h + self.o_proj(x.transpose(1, 2).flatten(2))
         return h + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(h))))
@@ -275,12 +251,11 @@ class TinyTransformer(nn.Module):
 
 # ---- Choosing N, Appendix B ----
 def tf_idf(texts):
-    """X (documents, terms): term counts times smoothed idf, rows of norm 1, as in
-    scikit-learn's TfidfVectorizer."""
-    number = {}  # term -> column
-    columns = [number.setdefault(str(term), len(number)) for text in texts for term in text]
+    """X (documents, terms), like scikit-learn's TfidfVectorizer: smoothed idf, rows of norm 1."""
+    column = {}  # term -> its column
+    columns = [column.setdefault(str(term), len(column)) for text in texts for term in text]
     rows = [row for row, text in enumerate(texts) for _ in text]
-    X = torch.zeros(len(texts), len(number))
+    X = torch.zeros(len(texts), len(column))
     X.index_put_((torch.tensor(rows), torch.tensor(columns)), torch.ones(()), accumulate=True)
     X *= 1 + torch.log((1 + len(X)) / (1 + (X > 0).sum(0)))
     return F.normalize(X)
@@ -291,12 +266,12 @@ def k_means(X, max_centres):
 
     The paper starts from random centres; this is fast global k-means (Likas, Vlassis and
     Verbeek, 2003): K centres start from the K - 1 found before plus the candidate that
-    lowers the SSE most. Candidates are means of nearest neighbours, half a cluster each.
+    lowers the SSE most. A candidate is the mean of a document's nearest neighbours.
     """
     def squared_distances(C):  # |X_i| = 1: (centres, terms) -> (documents, centres)
         return (1 - 2 * X @ C.T + C.square().sum(1)).clamp_min(0)
 
-    nearest = (X @ X.T).topk(max(1, len(X) // (2 * max_centres))).indices
+    nearest = (X @ X.T).topk(max(1, len(X) // (2 * max_centres))).indices  # half a cluster
     candidates = torch.stack([X[near].mean(0) for near in nearest])  # (documents, terms)
     to_candidates = squared_distances(candidates)  # (documents, documents)
     C = X.mean(0, keepdim=True)  # (1, terms)
@@ -318,10 +293,9 @@ def num_heads_from_corpus(documents, max_heads=10):
 
     documents: unpadded sequences of token ids or strings, or strings to split at white
     space. Returns n >= 2 and the SSE of 1, ..., max_heads centres. n is where "the rate of
-    decrease in SSE slows down" most; the paper has no rule. It finds domains that differ
-    in vocabulary, but every curve has an elbow, even one domain's: look at the SSE, and
-    choose (Figure 8: 2 to 4). A few hundred documents are enough: 3,000 with 20,000 words
-    take half a minute and 1 GB; time grows with documents^2 x words.
+    decrease in SSE slows down" most; the paper has no rule. This finds domains that differ
+    in vocabulary, but every curve has an elbow, even one domain's: look at the SSE, too. A
+    few hundred documents are enough; 3,000 with 20,000 words take half a minute and 1 GB.
     """
     if isinstance(documents, str):
         raise TypeError("documents must be a list, got one string")
@@ -333,7 +307,7 @@ def num_heads_from_corpus(documents, max_heads=10):
         raise ValueError("documents are all empty")
     sse = k_means(tf_idf(texts), max_heads + 1)
     gains = -torch.tensor(sse).diff()  # of the centres 2, ..., max_heads + 1
-    next_gains = gains[1:].clamp_min(1e-5 * sse[0])  # smaller: rounding
+    next_gains = gains[1:].clamp_min(1e-5 * sse[0])  # below this, rounding
     return 2 + (gains[:-1] / next_gains).argmax().item(), sse[:max_heads]
 
 
@@ -351,9 +325,9 @@ def _adapted_layers(model):
 
 
 def _replace(model, new):
-    """Replace each module by new[module], under all its names."""
+    """Replace each module with new[module], under all its names."""
     if model in new:
-        raise ValueError("model is itself the layer: it has no parent")
+        raise ValueError("model is itself the layer")
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in new:
@@ -370,29 +344,32 @@ def _find_targets(model, targets):
         linears = {name: modules[name] for name in names if isinstance(modules[name], nn.Linear)
                    and not isinstance(parents[name], HydraLoRALinear)}
         if not linears:
-            adapted = any(isinstance(modules[name], HydraLoRALinear) for name in names)
-            raise ValueError(f"{target!r} is adapted already" if adapted else
-                             f"{target!r} matches no nn.Linear")
+            if any(isinstance(m, HydraLoRALinear) for name in names
+                   for m in (modules[name], parents[name])):
+                raise ValueError(f"{target!r} is already adapted")
+            kinds = {type(modules[name]).__name__ for name in names}  # such as Conv1D
+            only = f", only {', '.join(sorted(kinds))}" if kinds else ""
+            raise ValueError(f"{target!r} matches no nn.Linear{only}")
         found |= linears
     if not found:
         raise ValueError("targets is empty")
     for name, base in found.items():
         if isinstance(parents[name], (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            raise ValueError(f"{name}: its parent reads its weight without calling it")
+            raise ValueError(f"{name}: its parent reads the weight without calling the layer")
         if base.weight.is_complex() or base.weight.is_meta:
-            raise ValueError(f"{name} is complex, offloaded, or on meta: load weights first")
+            raise ValueError(f"{name} is complex, or on meta: load its weights first")
     return dict.fromkeys(found.values())
 
 
 def inject_hydralora(model, targets, layer=HydraLoRALinear, **arguments):
-    """Freeze the model and wrap the nn.Linear layers that match targets; returns the model.
+    """Freeze the model, wrap the nn.Linear layers that match targets, and return the model.
 
-    targets: "q_proj", "layers.0.q_proj" or a list of such [7]. A layer matches if its
+    targets: "q_proj", "layers.0.q_proj" or a list of them [7]. A layer matches if its
     name is a target or ends in "." + target. layer: HydraLoRALinear or a subclass, called
     as layer(base, **arguments). Load the base's weights first: q_proj.weight becomes
     q_proj.base.weight. A second injection adds to the first. On ValueError the model is
     unchanged. If a module reads a layer's weight without calling the layer, the adapter
-    has no effect, and record_gates no entry for it.
+    has no effect, and record_gates does not list it.
     """
     if not (isinstance(layer, type) and issubclass(layer, HydraLoRALinear)):
         raise TypeError(f"layer must be HydraLoRALinear or a subclass, got {layer!r}")
@@ -410,7 +387,7 @@ def inject_hydralora(model, targets, layer=HydraLoRALinear, **arguments):
 
 @contextmanager
 def hook_gates(model, f):
-    """Context manager: f(name, w) gets each router's w (..., n) and may replace it.
+    """Context manager: f(name, w) gets each router's w (..., n), and may return another.
 
     `lambda name, w: 0 * w` turns the adapters off. Entry and exit call
     torch.compiler.reset(), for the whole process: compiled code does not notice hooks.
@@ -432,7 +409,7 @@ def hook_gates(model, f):
 
 @contextmanager
 def record_gates(model):
-    """Context manager: yields a dict name -> w (..., n) of its last forward, detached."""
+    """Context manager: yields a dict name -> w (..., n) of the last forward, detached."""
     gates = {}
     with hook_gates(model, lambda name, w: gates.update({name: w.detach()})):
         yield gates
@@ -461,7 +438,7 @@ def mean_gates(model, batches):
             for batch in batches:
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
                 if mask is not None and not mask.all():
-                    raise ValueError("attention_mask has zeros: batch sequences of one length")
+                    raise ValueError("attention_mask has zeros: use batches without padding")
                 model(**batch) if isinstance(batch, Mapping) else model(batch)
     finally:
         for module in training:
@@ -480,7 +457,7 @@ def _gates_by_name(layers, gates):
 
 
 def merge_hydralora(model, gates):
-    """Replace each HydraLoRA layer by layer.merge(gates), or raise and change nothing.
+    """Replace each HydraLoRA layer with layer.merge(gates), or raise and change nothing.
 
     Returns the model; copy.deepcopy it first to keep the adapters. gates: one (n,) for all
     layers, or a dict with all names, as from mean_gates. Zero gates drop the adapters.
@@ -507,13 +484,14 @@ def hydralora_state_dict(model):
 def _refuse_meta_and_sharded(state):
     for key, t in state.items():
         if type(t) not in (torch.Tensor, nn.Parameter) or t.is_meta:
-            raise ValueError(f"{key} is on meta, or sharded")
+            raise ValueError(f"{key} is on meta, or sharded (with FSDP2, use get_model_state_dict "
+                             "and set_model_state_dict, with full_state_dict=True)")
 
 
 @torch.no_grad()
 def load_hydralora_state_dict(model, state):
-    """Copy an adapter into an injected model, all of it or, with a ValueError, nothing."""
-    own = hydralora_state_dict(model)  # shares the parameters' memory
+    """Copy an adapter into an injected model, or nothing on ValueError. Returns the model."""
+    own = hydralora_state_dict(model)  # shares their memory
     _refuse_meta_and_sharded(state)
     shapes, given = ({key: (*t.shape,) for key, t in tensors.items()} for tensors in (own, state))
     wrong = [key for key in given | shapes if shapes.get(key) != given.get(key)]
@@ -522,13 +500,14 @@ def load_hydralora_state_dict(model, state):
                          f"{shapes.get(wrong[0])}, state {given.get(wrong[0])}")
     for key, t in own.items():
         t.copy_(state[key])
+    return model
 
 
 def from_official_state_dict(state):
     """Convert official keys: NAME.lora_A.weight, lora_B0.weight ..., lora_route.weight.
 
-    PEFT's prefix is allowed. lora_alpha is not stored: inject with the run's own.
-    ValueError for any other key, or a gap in the heads.
+    PEFT's prefix is allowed. lora_alpha is not stored: inject with that of the run.
+    ValueError for any other key, or a missing head.
     """
     ours, heads = {}, {}
     for key, t in state.items():
@@ -549,14 +528,14 @@ def from_official_state_dict(state):
 
 
 def export_lora(model, gates):
-    """A plain LoRA for fixed gates, given as to merge_hydralora: returns (state, config).
+    """A plain LoRA, (state, config), for fixed gates, which are as in merge_hydralora.
 
     Save them as PEFT's adapter_model.safetensors (or .bin) and adapter_config.json. Lower
-    ranks are zero-padded. PEFT matches name suffixes, so another layer may get an all-zero
-    adapter, which has no effect. PEFT 0.20+ mistakes gate_proj, up_proj and down_proj of
-    many MoE models for the fused experts' and loads nothing, with a warning: merge instead.
+    ranks are zero-padded. In many MoE models, PEFT 0.20+ mistakes gate_proj, up_proj and
+    down_proj for fused experts and, with a warning, loads nothing: merge instead.
     """
     layers = _adapted_layers(model)
+    hydralora_state_dict(model)  # refuses what is on meta or sharded
     names = [name for name, module in model.named_modules(remove_duplicate=False)
              if isinstance(module, HydraLoRALinear)]
     if names != [*layers] or "" in layers:
@@ -566,9 +545,8 @@ def export_lora(model, gates):
     r = max(len(A) for A, _ in loras.values())
     state = {}
     for name, (A, B) in loras.items():
-        prefix, missing = f"base_model.model.{name}", r - len(A)
-        state[f"{prefix}.lora_A.weight"] = F.pad(A, (0, 0, 0, missing))  # (r, k)
-        state[f"{prefix}.lora_B.weight"] = F.pad(layers[name].scaling * B, (0, missing))  # (d, r)
-    _refuse_meta_and_sharded(state)
+        prefix, pad = f"base_model.model.{name}", r - len(A)
+        state[f"{prefix}.lora_A.weight"] = F.pad(A, (0, 0, 0, pad))  # (r, k)
+        state[f"{prefix}.lora_B.weight"] = F.pad(layers[name].scaling * B, (0, pad))  # (d, r)
     config = dict(peft_type="LORA", target_modules=[*layers], r=r, lora_alpha=r)
     return state, config  # PEFT scales by lora_alpha / r = 1

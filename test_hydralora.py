@@ -989,7 +989,7 @@ def test_defaults():
 def test_dtypes(dtype):
     layer, x = make_layer(dtype=dtype), torch.ones(2, K, dtype=dtype)
     adapter = torch.promote_types(dtype, f32)
-    assert layer.lora_A.dtype == layer.lora_B.dtype == layer.gates(x.half()).dtype == adapter
+    assert layer.lora_A.dtype == layer.lora_B.dtype == layer.router.weight.dtype == adapter
     assert layer(x).dtype == dtype and layer.to(dtype)(x).dtype == dtype
     assert mean_gates(nn.Sequential(layer), [x])["0"].dtype == adapter
 
@@ -1011,7 +1011,7 @@ def test_dropout_has_one_mask_and_spares_the_router():
         layer.lora_B.copy_(torch.eye(6).expand(N, 6, 6))
     with record_gates(layer) as gates:
         mask = (layer(x) - layer.base(x)) / x
-    close(gates[""], layer.gates(x).detach())
+    close(gates[""], layer.router(x).detach())
     close(mask, 2 * (mask > 1).double())  # 0 or 1 / (1 - 0.5)
     close(layer.eval()(x) - layer.base(x), x)
 
@@ -1028,7 +1028,7 @@ SOURCE = Path(hydralora.__file__).read_text(encoding="utf-8")
 
 
 def test_lines_to_copy_need_no_others():
-    start, end = map(SOURCE.index, ("# ---- The equations", "# ---- A tiny transformer"))
+    start, end = map(SOURCE.index, ("# ---- The layer", "# ---- A tiny transformer"))
     copied = dict(math=math, torch=torch, F=F, nn=nn)
     exec(SOURCE[start:end], copied)
     layer = copied["HydraLoRALinear"](nn.Linear(K, D))
@@ -1155,20 +1155,27 @@ def set_to(name, value):
     return lambda base: setattr(base, name, value)
 
 
-@parametrize("reason, change", [
-    ("its forward was replaced", set_to("forward", nn.Linear(K, D).forward)),
-    ("its class has a forward of its own", set_to("__class__", OwnForward)),
-    ("it has forward hooks", lambda base: base.register_forward_hook(print)),
-    ("it has forward hooks", lambda base: base.register_forward_pre_hook(print)),
-    ("its weight is computed", nn.utils.parametrizations.spectral_norm),
-    ("its weight is Subclass", set_to("weight", torch.ones(D, K).as_subclass(Subclass))),
-    ("its weight is torch.int8", set_to("weight", torch.ones(D, K).char())),
-    ("its weight is torch.float8", set_to("weight", torch.ones(D, K).to(torch.float8_e4m3fn))),
-    ("its bias is torch.float32 on meta", set_to("bias", torch.ones(D, device="meta")))])
-def test_merge_needs_a_plain_linear(reason, change):
-    base = nn.Linear(K, D)
+def computed(name):
+    return lambda base: nn.utils.parametrize.register_parametrization(base, name, nn.Identity())
+
+
+@parametrize("bias", [True, False])
+@parametrize("change", [
+    set_to("forward", nn.Linear(K, D).forward),
+    set_to("__class__", OwnForward),
+    lambda base: base.register_forward_hook(print),
+    lambda base: base.register_forward_pre_hook(print),
+    computed("weight"),
+    lambda base: computed("bias" if base.bias is not None else "weight")(base),
+    set_to("scale", torch.ones(D)),
+    set_to("weight", torch.ones(D, K).as_subclass(Subclass)),
+    set_to("weight", torch.ones(D, K).char()),
+    set_to("weight", torch.ones(D, K).to(torch.float8_e4m3fn)),
+    set_to("bias", torch.ones(D, device="meta"))])
+def test_merge_needs_a_plain_linear(change, bias):
+    base = nn.Linear(K, D, bias)
     change(base)
-    with pytest.raises(TypeError, match=f"base cannot be merged: {reason}"):
+    with pytest.raises(TypeError, match="base must be a plain nn.Linear: .*removes Accelerate's"):
         HydraLoRALinear(base, num_heads=N).merge(GATES)
 
 
@@ -1209,13 +1216,13 @@ def test_gates_of_a_model_that_may_be_compiled(compiled):
 
 def test_mean_gates_counts_each_token_of_each_call():
     layer, batches = make_layer(K, K), (randn(2, 3, K), randn(K))  # the second: a single token
-    w = [layer.gates(y).view(-1, N) for x in batches for y in (x, layer(x))]
+    w = [layer.router(y).view(-1, N) for x in batches for y in (x, layer(x))]
     close(mean_gates(nn.Sequential(layer, layer), batches), {"0": torch.cat(w).mean(0).detach()})
 
 
 def test_mean_gates_are_those_of_eval_mode():
     model, x = nn.Sequential(nn.Dropout(0.5), make_layer(), nn.Identity().eval()), randn(9, K)
-    close(mean_gates(model, [x]), {"1": model[1].gates(x).mean(0).detach()})
+    close(mean_gates(model, [x]), {"1": model[1].router(x).mean(0).detach()})
     with pytest.raises(RuntimeError):
         mean_gates(model, [x.T])
     assert model.training and [m.training for m in model] == [True, True, False]
@@ -1249,7 +1256,7 @@ def test_other_checkpoints_are_not_official(key):
 def test_loading_copies(dtype):
     model = adapted_model("0.q_proj", TwoA)
     state = {key: t.to(dtype) + 1 for key, t in hydralora_state_dict(model).items()}
-    load_hydralora_state_dict(model, state)
+    assert load_hydralora_state_dict(model, state) is model
     for key, t in hydralora_state_dict(model).items():
         close(t, state[key].float())
         state[key].zero_()
@@ -1289,22 +1296,22 @@ BAD_CALLS = {  # the message: a call
     "4 finite numbers, got .*nan": lambda: make_layer().merge(GATES * math.nan),
     "no HydraLoRA layer$": lambda: mean_gates(plain_model(), [IDS]),
     "has no HydraLoRA layer": lambda: record_gates(plain_model()).__enter__(),
-    "TwoA has its own forward, but no to_lora": lambda: make_layer(layer=TwoA).merge(GATES),
+    "TwoA overrides forward, but not to_lora": lambda: make_layer(layer=TwoA).merge(GATES),
     "model is itself the layer": lambda: merge_hydralora(make_layer(), GATES),
     "gates are for .*'z'., but the": lambda: export_lora(adapted_model("0.q_proj"), {
         "layers.0.q_proj": GATES, "z": GATES}),
-    "lora_A.weight is on meta": lambda: export_lora(adapted_model().to("meta"), GATES),
+    "lora_A is on meta, .* get_model_state_dict and set": lambda: export_lora(adapted_model().to("meta"), GATES),
     "exactly one name for each layer": lambda: export_lora(make_layer(), GATES),
     "PEFT needs exactly one name": lambda: export_lora(nn.Sequential(*[make_layer()] * 2), GATES),
     "lora_alpha must be finite": lambda: make_layer(lora_alpha=math.nan),
-    "has zeros: batch sequences of one length": lambda: mean_gates(
+    "has zeros: use batches without padding": lambda: mean_gates(
         adapted_model(), [collections.UserDict(attention_mask=torch.ones(1, 2, 2).tril())]),
     "batches must be a list": lambda: mean_gates(adapted_model(), IDS),
     "no token reached some": lambda: mean_gates(
         setattr(model := adapted_model(), "idle", make_layer()) or model, [IDS]),
     "q_proj has only the heads .0, 1, 2, 4, 5": lambda: from_official_state_dict(
         {key: t for key, t in OFFICIAL.items() if "B3" not in key}),
-    "lora_A is on meta": lambda: hydralora_state_dict(adapted_model().to("meta")),
+    "lora_A is on meta, or sharded": lambda: hydralora_state_dict(adapted_model().to("meta")),
     "12 keys do not match, first layers.0.q_proj.lora_A: model .3, 64., state None$": lambda:
         load_hydralora_state_dict(adapted_model(), {}),
     "a list, got one string": lambda: num_heads_from_corpus("one string"),
@@ -1320,11 +1327,12 @@ def test_bad_call_is_refused(message):
 @parametrize("model, targets, arguments, message", [
     (plain_model(), [], {}, "targets is empty"),
     (plain_model(), ["q_proj", "proj"], {}, "'proj' matches no nn.Linear"),
-    (nn.Linear(2, 2), "", {}, "'' matches no"),
+    (plain_model(), ["o_proj", "norm"], {}, "'norm' matches no nn.Linear, only LayerNorm$"),
+    (nn.Linear(2, 2), "", {}, "'' matches no nn.Linear$"),
     (plain_model(), "q_proj", {"lora_dropout": 1}, "lora_dropout in"),
     (plain_model(), "q_proj", {"layer": MyLinear}, "must be HydraLoRALinear"),
-    (adapted_model(), ["o_proj", "q_proj"], {}, "'q_proj' is adapted already"),
-    (adapted_model(), ["o_proj", "base"], {}, "'base' matches no"),
+    (adapted_model(), ["o_proj", "q_proj"], {}, "'q_proj' is already adapted"),
+    (adapted_model(), ["o_proj", "base"], {}, "'base' is already adapted"),
     (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")), ["0", "1"], {}, "1 is .*meta"),
     (nn.TransformerEncoderLayer(8, 2), "linear1", {}, "its parent reads"),
     (nn.MultiheadAttention(8, 2), "out_proj", {}, "its parent reads")])
@@ -1451,7 +1459,7 @@ def test_toy_experts_compute_eq_6(toy):
     y = layer.base(x)
     for i in range(N):
         lora = x @ layer.lora_A[i].T @ layer.lora_B[i].T
-        y = y + layer.scaling * layer.gates(x)[..., i, None] * lora
+        y = y + layer.scaling * layer.router(x)[..., i, None] * lora
     close(layer(x), y)
     assert make_layer(layer=toy.LoRAExperts, dtype=bf16)(x.bfloat16()).dtype == bf16
 

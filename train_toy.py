@@ -138,7 +138,7 @@ class LoRAExperts(HydraLoRALinear):
         y = self.base(x)  # (..., d)
         x = x.to(self.lora_A.dtype)
         z = torch.einsum("...k,nrk->...nr", self.lora_dropout(x), self.lora_A)
-        wz = self.gates(x).unsqueeze(-1) * z * self.scaling  # (..., n, r)
+        wz = self.router(x).unsqueeze(-1) * z * self.scaling  # (..., n, r)
         return y + torch.einsum("...nr,ndr->...d", wz, self.lora_B).to(y.dtype)
 
 
