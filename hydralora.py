@@ -17,7 +17,7 @@ Fine-Tuning", NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are tr
     B_i    lora_B[i]      (d, r)    a head, the paper's expert E_i; zero init
     N      num_heads, n             number of heads
     Wg     router.weight  (n, k)    Eq. 4's Wg^T, stored as nn.Linear stores a weight
-    w      w, gates       (..., n)  gates: mixture weights per token; (n,) if fixed
+    w      w, gates       (..., n)  mixture weights for each token, or (n,) if fixed
 
 Choices where the paper is silent or the official code differs. L339 is line 339 of
 HydraLoRA/peft/tuners/lora.py in github.com/Clin0212/HydraLoRA at afb693b.
@@ -25,18 +25,18 @@ HydraLoRA/peft/tuners/lora.py in github.com/Clin0212/HydraLoRA at afb693b.
     [1] The router reads x, as in the paper's text and L339. But the paper prints Wg as
         (r, N), which fits A x.
     [2] The router has no bias (L279) and Kaiming-uniform init (L299), like A (L295).
-    [3] The softmax runs in float32, or float64 in a float64 layer, and w is cast back;
-        L339 always uses float32.
+    [3] The softmax runs in float32, or float64 in a float64 layer, and w gets the dtype of
+        the logits; L339 always uses float32.
     [4] The update is scaled by lora_alpha / r (L284, L342); the paper has no such factor.
     [5] All heads share one dropout mask, on A's input; the router sees x without dropout
         (L339). L342 draws a mask per head; the paper has no dropout.
-    [6] Only y is returned; L347 adds a balance loss, always 0 (L344).
-    [7] The caller picks the layers. Table 2's 0.124 % of parameters are those of q and v,
+    [6] Only y is returned. L347 also returns a balance loss, which is 0 (L344).
+    [7] The caller picks the layers. Table 2's 0.124 % counts the parameters of q and v,
         without routers; the official script adapts gate, up and down.
-    [8] Merging uses one w, from the caller, for all tokens, so it is not exact. The paper
-        merges "based on the input" (3.2.2), which we read as per token; lora.py never merges.
+    [8] Merging uses one w, from the caller, for all tokens, and is exact for that w only.
+        The paper merges "based on the input" (3.2.2), which we read as per token.
 
-Alongside the paper, read the part above "On a model": it uses nothing below.
+Alongside the paper, read as far as "On a model"; nothing before it uses what follows.
 """
 import math
 import re
@@ -53,11 +53,11 @@ __version__ = "0.7.0"
 
 
 # ---- The layer ----
-class Router(nn.Module):  # no nn.Linear, which quantisers replace
-    """Eq. 4, w = softmax(Wg x): x (..., k) -> w (..., n).
+class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
+    """Eq. 4, w = softmax(Wg^T x): x (..., k) -> w (..., n).
 
-    The layer uses the w that its router returns, and hooks see them: they are final, also in
-    a subclass, such as one for top-k. A float16 logit above 65,504 gives nan.
+    The layer uses w exactly as returned here or by a subclass (for top-k, say), and hooks see
+    the same w. A float16 logit above 65,504 gives nan.
     """
 
     def __init__(self, k, n, device=None, dtype=None):
@@ -121,13 +121,13 @@ class HydraLoRALinear(nn.Module):
         return f"num_heads={self.num_heads}, r={self.r}, scaling={self.scaling:g}"
 
     def router_input(self, x):
-        """What the router reads, x (..., k) [1]; a variant may override this."""
+        """The router's input, here x (..., k) [1]. A variant may override this."""
         return x
 
     def forward(self, x):
         """Eqs. 3 and 4, L336-347: x (..., k) -> y (..., d).
 
-        einsum multiplies w and z first, so that all heads are one matrix product.
+        einsum multiplies w and z first, so all heads together take one matrix product.
         """
         y = self.base(x)                                 # (..., d)
         x = x.to(self.lora_A.dtype)
@@ -136,18 +136,18 @@ class HydraLoRALinear(nn.Module):
         delta = torch.einsum("...n,...r,ndr->...d", w, self.scaling * z, self.lora_B)  # Eq. 3 [4]
         return y + delta.to(y.dtype)                     # (..., d) [6]
 
-    weight = property(lambda self: self.base.weight)  # as in nn.Linear; T5 reads wo.weight
+    weight = property(lambda self: self.base.weight)
     bias = property(lambda self: self.base.bias)
 
     @torch.no_grad()
     def to_lora(self, gates):
         """The LoRA of Eq. 1 for fixed gates (n,): A (r, k) and sum_i gates_i B_i (d, r).
 
-        Heads are linear, so mixing matrices mixes outputs (3.2.2). Both are unscaled copies
-        in float32 or float64.
+        Heads are linear, so a sum of B_i gives the sum of their outputs (3.2.2). Both matrices
+        are new, unscaled, and float32 or float64.
         """
         if type(self).forward is not HydraLoRALinear.forward:
-            raise TypeError(f"{type(self).__name__} overrides forward, but not to_lora")
+            raise TypeError(f"{type(self).__name__} overrides forward: it needs its own to_lora")
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         gates = torch.as_tensor(gates, dtype=dtype)
         if gates.shape != (self.num_heads,) or not gates.isfinite().all():
@@ -161,13 +161,13 @@ class HydraLoRALinear(nn.Module):
         """Eq. 2: a new nn.Linear with the weight W0 + scaling * sum_i gates_i B_i A.
 
         Exact for a token whose w equals gates (n,); for any other w, y is off by
-        scaling * sum_i (gates_i - w_i) B_i A x [8]. W is cast to W0's dtype once.
+        scaling * sum_i (gates_i - w_i) B_i A x [8]. Only W is rounded to W0's dtype.
         TypeError if base is not a plain nn.Linear, or if W overflows its dtype.
         """
         if not _is_plain_linear(self.base):
-            raise TypeError("base must be a plain nn.Linear: no quantised, meta or parametrized "
-                            "weights, and no hooks (accelerate.hooks.remove_hook_from_submodules "
-                            f"removes Accelerate's), got {self.base}")
+            raise TypeError("base must be a plain nn.Linear: not quantised, meta, parametrized or "
+                            "hooked. accelerate.hooks.remove_hook_from_submodules(model) removes "
+                            f"Accelerate's hooks. Got {self.base}")
         W0, bias = self.base.weight, self.base.bias         # (d, k), (d,) or None
         with torch.autocast(W0.device.type, enabled=False):  # B @ A in full precision
             A, B = self.to_lora(gates)                      # (r, k), (d, r)
@@ -186,7 +186,7 @@ def _is_plain_linear(base):
     """Whether base computes W0 x + bias from its two parameters alone."""
     return (base.forward == nn.Linear.forward.__get__(base)
             and not base._forward_hooks and not base._forward_pre_hooks
-            and base._parameters.keys() == {"weight", "bias"}  # not computed, no others
+            and base._parameters.keys() == {"weight", "bias"}  # no parametrization
             and all(type(p) is nn.Parameter and not p.is_meta and p.is_floating_point()
                     and p.dtype.itemsize > 1 for p in base.parameters(recurse=False)))
 
@@ -220,7 +220,7 @@ class TinyBlock(nn.Module):
         x = self.attention_norm(h)  # (b, t, width)
         q, k, v = (proj(x).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        # (b, attention heads, t, head width)
+        # each (b, attention heads, t, head width)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         h = h + self.o_proj(x.transpose(1, 2).flatten(2))
         return h + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(h))))
@@ -262,16 +262,16 @@ def tf_idf(texts):
 
 
 def k_means(X, max_centres):
-    """The SSE, sum_i min_j |X_i - C_j|^2, of 1, ..., max_centres centres.
+    """The SSE, sum_i min_j |X_i - C_j|^2, for each K = 1, ..., max_centres.
 
-    The paper starts from random centres; this is fast global k-means (Likas, Vlassis and
-    Verbeek, 2003): K centres start from the K - 1 found before plus the candidate that
-    lowers the SSE most. A candidate is the mean of a document's nearest neighbours.
+    The paper starts from random centres. This is fast global k-means (Likas, Vlassis and
+    Verbeek, 2003): step K starts from the K - 1 centres of the step before and the candidate
+    that lowers the SSE most. A candidate is the mean of a document's nearest neighbours.
     """
-    def squared_distances(C):  # |X_i| = 1: (centres, terms) -> (documents, centres)
+    def squared_distances(C):  # (centres, terms) -> (documents, centres), as |X_i| = 1
         return (1 - 2 * X @ C.T + C.square().sum(1)).clamp_min(0)
 
-    nearest = (X @ X.T).topk(max(1, len(X) // (2 * max_centres))).indices  # half a cluster
+    nearest = (X @ X.T).topk(max(1, len(X) // (2 * max_centres))).indices  # half a mean cluster
     candidates = torch.stack([X[near].mean(0) for near in nearest])  # (documents, terms)
     to_candidates = squared_distances(candidates)  # (documents, documents)
     C = X.mean(0, keepdim=True)  # (1, terms)
@@ -291,11 +291,11 @@ def k_means(X, max_centres):
 def num_heads_from_corpus(documents, max_heads=10):
     """Appendix B: N from the corpus, by TF-IDF, k-means and the elbow of the SSE curve.
 
-    documents: unpadded sequences of token ids or strings, or strings to split at white
-    space. Returns n >= 2 and the SSE of 1, ..., max_heads centres. n is where "the rate of
-    decrease in SSE slows down" most; the paper has no rule. This finds domains that differ
-    in vocabulary, but every curve has an elbow, even one domain's: look at the SSE, too. A
-    few hundred documents are enough; 3,000 with 20,000 words take half a minute and 1 GB.
+    documents: a list of strings, split at white space, or of unpadded sequences of tokens.
+    Returns n >= 2 and the SSE of 1, ..., max_heads centres. At n "the rate of decrease in
+    SSE slows down" most; this rule is ours. It finds domains that differ in vocabulary, but
+    every curve has an elbow, even one domain's: look at the SSE. A few hundred documents
+    are enough; 3,000 with 20,000 distinct words take half a minute and 1 GB.
     """
     if isinstance(documents, str):
         raise TypeError("documents must be a list, got one string")
@@ -307,7 +307,7 @@ def num_heads_from_corpus(documents, max_heads=10):
         raise ValueError("documents are all empty")
     sse = k_means(tf_idf(texts), max_heads + 1)
     gains = -torch.tensor(sse).diff()  # of the centres 2, ..., max_heads + 1
-    next_gains = gains[1:].clamp_min(1e-5 * sse[0])  # below this, rounding
+    next_gains = gains[1:].clamp_min(1e-5 * sse[0])  # smaller is rounding
     return 2 + (gains[:-1] / next_gains).argmax().item(), sse[:max_heads]
 
 
@@ -327,7 +327,7 @@ def _adapted_layers(model):
 def _replace(model, new):
     """Replace each module with new[module], under all its names."""
     if model in new:
-        raise ValueError("model is itself the layer")
+        raise ValueError("model is itself a layer: call its merge")
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in new:
@@ -355,9 +355,9 @@ def _find_targets(model, targets):
         raise ValueError("targets is empty")
     for name, base in found.items():
         if isinstance(parents[name], (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            raise ValueError(f"{name}: its parent reads the weight without calling the layer")
+            raise ValueError(f"{name}: its parent may bypass the layer's forward")
         if base.weight.is_complex() or base.weight.is_meta:
-            raise ValueError(f"{name} is complex, or on meta: load its weights first")
+            raise ValueError(f"{name} is complex, or on meta (load its weights first)")
     return dict.fromkeys(found.values())
 
 
@@ -368,8 +368,8 @@ def inject_hydralora(model, targets, layer=HydraLoRALinear, **arguments):
     name is a target or ends in "." + target. layer: HydraLoRALinear or a subclass, called
     as layer(base, **arguments). Load the base's weights first: q_proj.weight becomes
     q_proj.base.weight. A second injection adds to the first. On ValueError the model is
-    unchanged. If a module reads a layer's weight without calling the layer, the adapter
-    has no effect, and record_gates does not list it.
+    unchanged. If a module reads layer.weight without calling layer, the adapter has no
+    effect, and record_gates omits the layer.
     """
     if not (isinstance(layer, type) and issubclass(layer, HydraLoRALinear)):
         raise TypeError(f"layer must be HydraLoRALinear or a subclass, got {layer!r}")
@@ -389,8 +389,8 @@ def inject_hydralora(model, targets, layer=HydraLoRALinear, **arguments):
 def hook_gates(model, f):
     """Context manager: f(name, w) gets each router's w (..., n), and may return another.
 
-    `lambda name, w: 0 * w` turns the adapters off. Entry and exit call
-    torch.compiler.reset(), for the whole process: compiled code does not notice hooks.
+    `lambda name, w: 0 * w` turns the adapters off. Entry and exit reset torch.compiler for
+    the whole process, since compiled code does not notice hooks.
     """
     def reset_compiler():
         if "torch._dynamo" in sys.modules:  # importing it takes seconds
@@ -420,7 +420,7 @@ def mean_gates(model, batches):
     """Mean w over all tokens of calibration inputs, in eval mode: dict name -> (n,).
 
     batches: a list of tensors, or of dicts of keyword arguments; ValueError if an
-    attention_mask shows padding. **Fixed gates can ruin the model.**
+    attention_mask shows padding. **Merging with them can ruin the model.**
     """
     if isinstance(batches, (torch.Tensor, Mapping)):
         raise TypeError("batches must be a list of batches")
@@ -472,8 +472,8 @@ def merge_hydralora(model, gates):
 def hydralora_state_dict(model):
     """The adapter: NAME.lora_A (r, k), NAME.lora_B (n, d, r), NAME.router.weight (n, k).
 
-    Save inject_hydralora's arguments too: lora_alpha is not in it. The tensors are the
-    model's own: clone them for a snapshot.
+    Save inject_hydralora's arguments too, such as lora_alpha. The tensors are the model's
+    own: clone them for a snapshot.
     """
     state = {f"{name}.{key}": t for name, layer in _adapted_layers(model).items()
              for key, t in layer.state_dict().items() if not key.startswith("base.")}
@@ -484,14 +484,14 @@ def hydralora_state_dict(model):
 def _refuse_meta_and_sharded(state):
     for key, t in state.items():
         if type(t) not in (torch.Tensor, nn.Parameter) or t.is_meta:
-            raise ValueError(f"{key} is on meta, or sharded (with FSDP2, use get_model_state_dict "
-                             "and set_model_state_dict, with full_state_dict=True)")
+            raise ValueError(f"{key} is on meta, sharded or no tensor (with FSDP2, use get_model_"
+                             "state_dict and set_model_state_dict, with full_state_dict=True)")
 
 
 @torch.no_grad()
 def load_hydralora_state_dict(model, state):
-    """Copy an adapter into an injected model, or nothing on ValueError. Returns the model."""
-    own = hydralora_state_dict(model)  # shares their memory
+    """Return the model with the adapter copied into it. On ValueError, nothing is copied."""
+    own = hydralora_state_dict(model)
     _refuse_meta_and_sharded(state)
     shapes, given = ({key: (*t.shape,) for key, t in tensors.items()} for tensors in (own, state))
     wrong = [key for key in given | shapes if shapes.get(key) != given.get(key)]
@@ -506,8 +506,8 @@ def load_hydralora_state_dict(model, state):
 def from_official_state_dict(state):
     """Convert official keys: NAME.lora_A.weight, lora_B0.weight ..., lora_route.weight.
 
-    PEFT's prefix is allowed. lora_alpha is not stored: inject with that of the run.
-    ValueError for any other key, or a missing head.
+    PEFT's prefix is allowed. lora_alpha is not stored: inject with the run's value.
+    ValueError for any other key, or a gap among the heads.
     """
     ours, heads = {}, {}
     for key, t in state.items():
@@ -528,7 +528,7 @@ def from_official_state_dict(state):
 
 
 def export_lora(model, gates):
-    """A plain LoRA, (state, config), for fixed gates, which are as in merge_hydralora.
+    """A plain LoRA, (state, config), for fixed gates, given as for merge_hydralora.
 
     Save them as PEFT's adapter_model.safetensors (or .bin) and adapter_config.json. Lower
     ranks are zero-padded. In many MoE models, PEFT 0.20+ mistakes gate_proj, up_proj and
