@@ -215,7 +215,6 @@ def tensors(case, names=TENSORS):
 
 
 def as_float64(found):
-    """Copies on the CPU, so that later in-place changes do not show."""
     return {name: t.detach().to("cpu", f64, copy=True) for name, t in found.items()
             if t is not None}
 
@@ -327,6 +326,7 @@ def matches(steps, found, case):
 
 # ---- One call ----
 GLOBAL_STATE = {
+    "the grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
     "the number of threads": (torch.get_num_threads, torch.set_num_threads),
     "the random seed": (torch.initial_seed, torch.manual_seed),
     "float32's precision": (
@@ -345,7 +345,7 @@ def call_kernel(function, arguments, case, moment):
     before = {name: get() for name, (get, _) in GLOBAL_STATE.items()}
     try:
         returned = function(*arguments)
-    except (Exception, pytest.skip.Exception) as error:
+    except Exception as error:
         raise AssertionError(
             f"{moment} raised {type(error).__name__}: {error}\n{case}\nto leave out such tests: "
             f"-k 'oracle and not ...' with a part of {case.id}") from error
@@ -365,7 +365,6 @@ def assert_unchanged(call, moment):
 
 
 def forward(function, case, mode=torch.enable_grad, inputs=None):
-    """Calls the function and checks what must hold for every y."""
     __tracebackhide__ = True
     with mode():
         inputs = inputs or tensors(case)
@@ -446,7 +445,7 @@ CASES = {
     "empty-batch": Case(lead=(0, 5), **ALIGNED),
     "one-head": Case(k=48, d=8208, r=16, n=1),  # LoRA
     "two-heads": Case(lead=(2, 60), **ALIGNED | dict(n=2), Wg_scale=100.0),  # logits below -88
-    "many-heads": Case(n=70, Wg_scale=50.0),
+    "many-heads": Case(n=70, Wg_scale=1000.0),
     "large-B": Case(lead=(2, 150), k=16, d=528, r=528, n=2, bias=False),
     "many-tokens": Case(lead=(512, 8), k=32, d=32, r=16, n=3, mean=1.0, bias=False),
     "grid-limit": Case(lead=(65540,), k=3, d=2, r=1, n=2, requires_grad=TRAINED),
@@ -538,8 +537,8 @@ def test_oracle_calls_in_a_row(implementation, mode, case):
     for new, change in [
             ((), {}), ((), dict(scaling=0.0)), (WEIGHTS, {}), (ACTIVATIONS, {}),
             (ACTIVATIONS, dict(lead=(4, 7)[-axes:])), token, token,
-            (TENSORS, dict(lead=(1, 2)[-axes:])), (("bias",), dict(bias=False)),
-            (("A", "B"), dict(r=48)), (("B", "Wg"), dict(n=20)), ((), {}),
+            (TENSORS, dict(lead=(2, 1)[-axes:])), (("bias",), dict(bias=False)),
+            (("A", "B"), dict(r=32)), (("B", "Wg"), dict(n=20)), ((), {}),
             (INPUTS, dict(layout="column-major")),
             *((TENSORS, dict(seed=i % 5, scaling=i % 5 - 1.5)) for i in range(57 * case.bias))]:
         now = replace(case, resampled=new, **change)
@@ -789,7 +788,6 @@ def gates_of_the_prompt(v):
 
 
 def queue(v):
-    """The update, after adding its call to the queue of those still to go backward."""
     if v.delta.requires_grad:
         v.memory.setdefault("queue", []).append(v)
     return v.delta
@@ -850,6 +848,7 @@ KNOWN = [  # a failure that looks like one of these is named after it
     wrong("softmax over tokens", w=lambda v: v.logits.softmax(-2)),
     wrong("softmax over heads padded with 0",
           w=lambda v: F.pad(v.logits, (0, -v.n % 16)).softmax(-1)[..., :v.n]),
+    wrong("no softmax", w=lambda v: v.logits),
     wrong("sigmoid instead of softmax", w=lambda v: v.logits.sigmoid()),
     wrong("top-1 gates", w=lambda v: v.w * F.one_hot(v.w.argmax(-1), v.n)),
     wrong("uniform gates", w=lambda v: 0 * v.w + 1 / v.n),
@@ -906,7 +905,6 @@ WRONG = [
     wrong("the call raised RuntimeError", groups="mixed-bf16 mixed-fp16", h=lambda v: v.x),
     wrong("the call raised RuntimeError", groups="autocast-norm",
           base=torch.autocast(torch.device(DEVICE).type, enabled=False)(STEPS["base"])),
-    wrong("the call raised Skipped", y=lambda v: pytest.skip("not for me")),
     wrong("the call changed the random seed to 0", y=set_seed),
     wrong("the backward changed bias in place", dy=double_bias),
     wrong("the backward changed the number of threads to 2",
@@ -1229,11 +1227,11 @@ class MyLinear(nn.Linear):
 
 def test_layer_with_two_names_gets_one_adapter():
     shared = MyLinear(4, 4)
-    model = nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared])})
+    model = nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared, shared])})
     inject_hydralora(model, iter(["b.0", "a"]))
-    assert model["a"] is model["b"][0] and model["a"].base is shared
+    assert model["a"] is model["b"][0] is model["b"][1] and model["a"].base is shared
     merge_hydralora(model, torch.ones(3))
-    assert model["a"] is model["b"][0] and type(model["a"]) is nn.Linear
+    assert model["a"] is model["b"][1] and type(model["a"]) is nn.Linear
 
 
 # ---- Choosing N ----
@@ -1248,7 +1246,8 @@ def test_num_heads_of_domains(sizes):
 
 @parametrize("documents", [
     ["a c", "b  c\n", "a a c", "b b c"],
-    [[], [1, 3], [2, 3], [1, 1, 3], "", [2, 2, 3]]])
+    [[], [1, 3], [2, 3], [1, 1, 3], "", [2, 2, 3]],
+    [torch.tensor(ids) for ids in ([1, 3], [2, 3], [1, 1, 3], [2, 2, 3])]])
 def test_sse_by_hand(documents):
     n, sse = num_heads_from_corpus(iter(documents), max_heads=3)
     assert n == 2
@@ -1302,7 +1301,7 @@ def computed(base, name):
     lambda base: computed(base, "weight" if base.bias is None else "bias"),
     set_to("scale", torch.ones(D)),
     set_to("weight", torch.ones(D, K).as_subclass(Subclass)),
-    set_to("weight", torch.ones(D, K).char()),
+    set_to("weight", torch.ones(D, K).int()),
     set_to("weight", torch.ones(D, K).to(torch.float8_e4m3fn)),
     set_to("bias", torch.ones(D, device="meta"))])
 def test_merge_needs_a_plain_linear(change, bias):
@@ -1360,6 +1359,7 @@ def test_mean_gates_are_those_of_eval_mode():
     with pytest.raises(RuntimeError):
         mean_gates(model, [x.T])
     assert model.training and [m.training for m in model] == [True, True, False]
+    assert not model[1].router._forward_hooks
 
 
 # ---- Files ----
@@ -1460,6 +1460,7 @@ def test_bad_call_is_refused(message, call):
 @parametrize("model, targets, arguments, message", [
     (plain_model(), [], {}, "targets is empty"),
     (plain_model(), ["o_proj", "norm"], {}, "'norm' matches no nn.Linear, only LayerNorm$"),
+    (plain_model(), "proj", {}, "'proj' matches no nn.Linear$"),
     (nn.Linear(2, 2), "", {}, "'' matches no nn.Linear$"),
     (plain_model(), "q_proj", {"lora_dropout": 1}, "lora_dropout in"),
     (plain_model(), "q_proj", {"layer": MyLinear}, "must be HydraLoRALinear"),
