@@ -18,8 +18,8 @@ symbols more often, which tells the domains apart. In pre-training, an auxiliary
 the first block predict the plaintext symbol, so that the last attention has only the
 domain left to find; its o_proj, where the adapters are, gets what it finds as input.
 
-A linear map cannot apply a different cipher in each domain. B ReLU(A x), without heads and
-router, can: most of HydraLoRA's gain over LoRA is due to that.
+A linear map alone cannot apply a different cipher in each domain. B ReLU(A x), without heads
+and router, can: most of HydraLoRA's gain over LoRA is due to that.
 """
 import argparse
 import copy
@@ -372,7 +372,7 @@ def look_at_heads(task, model, n):
         merged=dict(true_domain=torch.cat(merged).mean().item(),
                     all_domains=merged_accuracy(model, sample, test).mean().item()),
         checks={"heads specialise by domain":
-                scores["router"] >= max(0.5, scores["symbols"] + 0.2)})
+                scores["router"] >= 0.9 and scores["symbols"] <= 0.2})
 
 
 def report(result):
@@ -383,7 +383,7 @@ def report(result):
     print(f"   {'frozen model':46}{result['frozen']:6.1f}")
     for name, method in result["methods"].items():
         print("   {:28}{size:6,} parameters {accuracy:6.1f}".format(name, **method))
-    print("\n   A linear map, such as a LoRA, cannot apply a different cipher in each domain;\n"
+    print("\n   A linear map alone, as in LoRA, cannot apply a different cipher in each domain;\n"
           "   with a ReLU it can. The frozen model answers in the old ciphers.")
     if "HydraLoRA" in result["methods"]:
         report_heads(result)
@@ -411,7 +411,7 @@ def report_heads(result):
           f"   domain). With gates by symbol alone: {scores['symbols']:.2f}.")
     print("\n4. Merging leaves one LoRA, for fixed gates. Accuracy with the mean gates of the\n"
           f"   true domain: {merged['true_domain']:.1f}; of all domains: "
-          f"{merged['all_domains']:.1f}, as no single weight holds {DOMAINS} ciphers.\n")
+          f"{merged['all_domains']:.1f}, which averages the heads.\n")
     specialise = result["checks"]["heads specialise by domain"]
     print("The heads", "specialise" if specialise else "do not specialise", "by domain.")
     for name, method in result["methods"].items():
