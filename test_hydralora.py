@@ -22,8 +22,7 @@ kernel must support: values, inference-values or gradients; the number of axes o
     -k "oracle and not gradients"                                      no backward
     -k "oracle and not autocast and not fp64"                          float32 inside
 
-A failure that is gone when its test runs alone comes from state that earlier calls left. A
-new case or test needs a row in WRONG: a mistake that it must catch.
+A new case or test needs a row in WRONG: a mistake that it must catch.
 
 On two cores the oracle takes half a minute, the whole file a minute. While editing, run
 -k "not oracle and not implementation", -k toy or -k readme. README's numbers are printed by
@@ -196,7 +195,6 @@ def normal(shape, *seed):
 
 
 def tensors(case, names=TENSORS):
-    """Fresh tensors of a case, with the same values in each group but for rounding."""
     c, made, std = case, {}, case.k**-0.5
     sizes = dict(  # standard deviation and shape
         x=(c.magnitude, (*c.lead, c.k)), W0=(std / c.magnitude, (c.d, c.k)), bias=(1.0, (c.d,)),
@@ -399,7 +397,6 @@ def gradients(call):
 
 
 def backward(call):
-    """y and the required gradients, without those of earlier calls."""
     __tracebackhide__ = True
     for name in call.before:
         call.inputs[name].grad = None
@@ -481,11 +478,10 @@ def draw_case(name, group):
     return Case(
         group, name, lead, k, d, r, n, bias=bool(name != "drawn-tiles" and rng.random() < 0.7),
         scaling=rng.normal(), layout=one_of(*[*LAYOUTS][:-2]),
-        requires_grad=one_of(INPUTS, TRAINED, (one_of(*INPUTS),)))
+        requires_grad=one_of(INPUTS, TRAINED))
 
 
 def cases_of(name, group):
-    """The case of this name, or the cases of a test."""
     if name in RANDOM:
         return [draw_case(name, group)]
     if name in CASES:
@@ -705,7 +701,7 @@ def mutant(**changed):
     names, memory = (*INPUTS, "s"), {}
 
     def function(*inputs):
-        v = SimpleNamespace(**dict(zip(names, inputs)), weights=inputs[1:], memory=memory)
+        v = SimpleNamespace(**dict(zip(names, inputs)), inputs=inputs, memory=memory)
         (v.n, v.d, v.r), v.k = v.B.shape, v.x.shape[-1]
         v.tokens = v.x.shape[-2] if v.x.dim() > 1 else 0
         for name in (*names, *STEPS):
@@ -750,8 +746,7 @@ def scaled(t, factor, index=...):
 
 
 def chunks(v, count):
-    """The layer on chunks of `count` tokens."""
-    parts = [correct(part, *v.weights) for part in v.x.reshape(-1, v.k).split(count)]
+    parts = [correct(part, *v.inputs[1:]) for part in v.x.reshape(-1, v.k).split(count)]
     return torch.cat(parts).view(v.y.shape)
 
 
@@ -793,6 +788,11 @@ def queue(v):
     return v.delta
 
 
+def double_x(v):
+    v.x.data.mul_(2)
+    return v.y
+
+
 def set_seed(v):
     torch.manual_seed(0)
     return v.y
@@ -812,11 +812,11 @@ def double_bias(v, g):
 
 
 def drop_A_grad(v, g):
-    v.weights[2].grad = None
+    v.inputs[3].grad = None
 
 
 def set_A_grad(v, g):
-    v.weights[2].grad = g
+    v.inputs[3].grad = g
     return 0 * g
 
 
@@ -825,7 +825,7 @@ def clear_w(v, g):
 
 
 def only_if_unchanged(i):
-    return lambda v, g: g * (v.weights[i]._version == 0)
+    return lambda v, g: g * (v.inputs[i]._version == 0)
 
 
 Wrong = collections.namedtuple("Wrong", "message caught_by steps groups")
@@ -849,7 +849,6 @@ KNOWN = [  # a failure that looks like one of these is named after it
     wrong("softmax over heads padded with 0",
           w=lambda v: F.pad(v.logits, (0, -v.n % 16)).softmax(-1)[..., :v.n]),
     wrong("no softmax", w=lambda v: v.logits),
-    wrong("sigmoid instead of softmax", w=lambda v: v.logits.sigmoid()),
     wrong("top-1 gates", w=lambda v: v.w * F.one_hot(v.w.argmax(-1), v.n)),
     wrong("uniform gates", w=lambda v: 0 * v.w + 1 / v.n),
     wrong("heads summed", w=lambda v: 0 * v.w + 1),
@@ -869,6 +868,7 @@ KNOWN = [  # a failure that looks like one of these is named after it
     wrong("no tail after vectors of 8", "drawn-any", x=lambda v: zero_from(
         v.x, -1, v.k // 8 * 8 or v.k)),
     wrong("first 512 of d only, in B.grad", "large-B", dB=lambda v, g: zero_from(g, 1, 512)),
+    wrong("first 8192 of d only", "one-head", delta=lambda v: zero_from(v.delta, -1, 8192)),
     wrong("first 8192 of k only", "decode", x=lambda v: zero_from(v.x, -1, 8192)),
     wrong("first 65535 tokens only", "grid-limit", delta=lambda v: zero_from(v.delta, -2, 65535)),
     wrong("single token not scaled", "one-token", s=lambda v: v.s if v.tokens else 1.0),
@@ -901,7 +901,10 @@ WRONG = [
     wrong("y requires grad, but no input does", y=lambda v: v.y.requires_grad_()),
     wrong("y is an inference tensor", y=lambda v: torch.inference_mode()(torch.clone)(v.y)),
     wrong("y is wrong", s=lambda v: 0 if torch.is_inference_mode_enabled() else v.s),
-    wrong("wrong dtype", groups="bf16 fp16 autocast-bf16 autocast-fp16", y=lambda v: v.y.double()),
+    wrong("wrong dtype", groups="bf16 fp16 autocast-bf16 autocast-fp16",
+          y=lambda v: v.y.double() if v.x.dtype == f32 else v.y.float()),
+    wrong("x.grad is zero or missing", x=lambda v: v.x.detach()),
+    wrong("the call changed x in place", y=double_x),
     wrong("the call raised RuntimeError", groups="mixed-bf16 mixed-fp16", h=lambda v: v.x),
     wrong("the call raised RuntimeError", groups="autocast-norm",
           base=torch.autocast(torch.device(DEVICE).type, enabled=False)(STEPS["base"])),
@@ -922,8 +925,8 @@ WRONG = [
     wrong("one of 70 calls: ", "calls_in_a_row", A=first_tile_of_ranks),
     wrong("one of 70 calls: y is wrong", "calls_in_a_row", y=overwrite_first_output),
     wrong("one of 70 calls: y is wrong", "calls_in_a_row", w=gates_of_the_prompt),
-    wrong("one of 70 calls: ", "calls_in_a_row",
-          delta=queue, ddelta=lambda v, g: g * (v.memory["queue"].pop() is v)),
+    *(wrong("one of 70 calls: ", "calls_in_a_row", delta=queue, ddelta=lambda v, g, i=i: g * (
+        v.memory["queue"].pop(i) is v)) for i in (0, -1)),
     wrong("one of 70 calls: ", "calls_in_a_row", delta=queue, ddelta=lambda v, g: g * any(
         call is v for call in v.memory["queue"][-64:])),
     *wrong_for_each(INPUTS, "after the test changed {} in place", "changed_tensors", read_once),
@@ -932,13 +935,14 @@ WRONG = [
     wrong("after the test changed bias in place", "changed_tensors",
           bias=lambda v: v.bias if v.k % 16 else read_once(v.bias)),
     *wrong_for_each(INPUTS, "nan in {}: y is not nan", "nan_propagates", torch.nan_to_num),
+    wrong("nan in x, the rest: ", "nan_propagates", y=lambda v: v.y + 0 * v.x.sum()),
     wrong("inf in grad_y, but finite", "nan_propagates", dy=lambda v, g: g.clamp(-1e4, 1e4)),
     *wrong_for_each("xy", "keeps x or y alive", "memory_is_freed", keep),
     wrong("two calls that differ in ", "gradients_accumulate", dA=drop_A_grad),
     wrong("A.grad is ", "gradients_accumulate", dA=set_A_grad),
     wrong("two backwards of one call", "gradients_accumulate", dlogits=clear_w),
     *(wrong(f"after the test changed {name}, the backward: ", "gradients_after_a_change",
-            **{f"d{name}": only_if_unchanged(i)}) for i, name in enumerate(WEIGHTS)),
+            **{f"d{name}": only_if_unchanged(i)}) for i, name in enumerate(INPUTS)),
     wrong("after the test changed y, the backward: ", "gradients_after_a_change",
           dy=lambda v, g: g * (v.y._version == 0)),
     wrong("y does not require grad, though Wg do", "gradients_of_each_subset",
@@ -971,8 +975,7 @@ def test_each_case_has_a_wrong_implementation():
 
 # ---- Right implementations ----
 class Flash(torch.autograd.Function):
-    """As in FlashAttention, the backward takes w from the log-sum-exp, and sum_i w_i dw_i from
-    the output, as g delta."""
+    """FlashAttention's backward: w from the log-sum-exp, and sum_i w_i dw_i as g delta."""
 
     @staticmethod
     def forward(ctx, logits, heads):  # (..., n), (..., n, d)
@@ -997,7 +1000,7 @@ def split_k(v):
 
 
 def exp2_softmax(v):
-    """By exp2, of logits in the dtype of x; the first gate is 1 minus the others."""
+    """Logits in the dtype of x; the first gate is 1 minus the others."""
     logits = v.logits.to(v.x.dtype)
     exp = ((logits - logits.amax(-1, keepdim=True)) * math.log2(math.e)).exp2().to(v.h)
     others = (exp / exp.sum(-1, keepdim=True))[..., 1:]
@@ -1035,8 +1038,7 @@ def test_correct_implementation_passes(style):
 
 # ---- The reference and the settings ----
 def test_reference_by_hand():
-    """The example of hydralora.py. With grad_y = (1, 0), dw is (6, 30) and the gradient of the
-    logits (-4.5, 4.5)."""
+    """The example of hydralora.py, where dw is (6, 30), and dlogit (-4.5, 4.5)."""
     inputs = dict(
         x=[[1, 2]], W0=np.eye(2), bias=[10, 20], A=[[1, 1]], B=[[[1], [2]], [[5], [-2]]],
         Wg=[[math.log(3), 0], [0, 0]], grad_y=[[1, 0]])
@@ -1060,8 +1062,9 @@ def test_small_cases_are_computed_by_loops(group):
 
 
 def test_tolerance_of_its_example():
-    (case,) = cases_of("many-tokens", "bf16")
-    assert tolerance(case)["A.grad"] == pytest.approx(0.031, abs=0.003)
+    for group, value in ("fp16", 0.0031), ("bf16", 0.031):
+        (case,) = cases_of("many-tokens", group)
+        assert tolerance(case)["A.grad"] == pytest.approx(value, rel=0.1)
     found = as_float64(compute(CORRECT["32 chunks of tokens"], case))
     assert error_of("A.grad", found["A.grad"], case) > 0.015  # half of it
 
@@ -1277,7 +1280,7 @@ class OwnForward(nn.Linear):
     forward = nn.Bilinear.forward
 
 
-class Subclass(torch.Tensor):  # like torchao's quantised tensors and DTensor
+class Subclass(torch.Tensor):
     pass
 
 
@@ -1336,7 +1339,7 @@ def test_gates_of_a_model_that_may_be_compiled(compiled):
     logits = run(IDS)
     with record_gates(model) as gates:
         run(IDS[:1])
-        run(IDS)  # the last forward counts
+        run(IDS)
     assert gates.keys() == hydralora_layers(model).keys()
     assert not any(w.requires_grad for w in gates.values())
     means = mean_gates(run, [collections.UserDict(tokens=IDS)]).values()
@@ -1374,7 +1377,7 @@ def test_official_checkpoint(prefix):
     load_hydralora_state_dict(model, state)
     layer, (A, Wg, *B) = model.layers[0].q_proj, OFFICIAL.values()
     assert torch.equal(layer.lora_A, A) and torch.equal(layer.router.weight, Wg)
-    assert torch.equal(layer.lora_B, torch.stack(B[::-1]))  # B10 is the last, not the third
+    assert torch.equal(layer.lora_B, torch.stack(B[::-1]))
 
 
 @parametrize("key", [
@@ -1409,7 +1412,7 @@ def test_refused_loading_changes_nothing():
 
 def test_export_pads_ranks_and_scales():
     model = adapted_model("layers.1.q_proj")
-    model.layers[1].q_proj.scaling = 0.5  # no longer lora_alpha / r
+    model.layers[1].q_proj.scaling = 0.5
     inject_hydralora(model, "layers.0.o_proj", num_heads=N, r=2, lora_alpha=5)
     nn.init.normal_(model.layers[0].o_proj.lora_B)
     state, config = export_lora(model.half(), GATES)
@@ -1508,6 +1511,12 @@ def run_toy(toy, *options):
         return toy.main()
 
 
+def test_toy_data_differ(toy):
+    data = [toy.Task(seed, "cpu").sample(9, torch.zeros(3, 15, dtype=int), stream).tokens
+            for seed in (0, 1) for stream in (0, 1)]
+    assert len(torch.stack(data).unique(dim=0)) == 4
+
+
 def test_toy_auxiliary_loss(toy, task, monkeypatch):
     found = []
     monkeypatch.setattr(toy, "train", lambda loss_of, groups, data, *_, **__: found.append(
@@ -1575,7 +1584,7 @@ def test_toy_nmi(toy):
 def test_toy_subspace_overlap(toy):
     axes = torch.eye(6)
     pair = torch.stack([axes[:, :2], axes[:, 1:3] @ torch.tensor([[1.0, 5], [2, 3]])])
-    assert toy.subspace_overlap(pair) == pytest.approx(0.5)  # one of two axes in common
+    assert toy.subspace_overlap(pair) == pytest.approx(0.5)
 
 
 @pytest.fixture
