@@ -1444,11 +1444,11 @@ def test_export_pads_ranks_and_scales():
     ("no token reached some", lambda: mean_gates(adapted_model(), [IDS[:0]])),
     ("has zeros: use batches without padding", lambda: mean_gates(
         adapted_model(), [collections.UserDict(attention_mask=torch.ones(1, 2, 2).tril())])),
-    ("lora_A is on meta, .*get_model_state_dict and set_model_state_dict, with full",
+    ("lora_. is on meta, .*get_model_state_dict and set_model_state_dict, with full",
      lambda: export_lora(adapted_model().to("meta"), GATES)),
     ("exactly one name for each layer", lambda: export_lora(make_layer(), GATES)),
     ("exactly one name", lambda: export_lora(nn.Sequential(*[make_layer()] * 2), GATES)),
-    ("12 keys do not match, first layers.0.q_proj.lora_A: model .3, 64., state None$",
+    ("12 keys do not match, first .*lora_.: model .*, state None$",
      lambda: load_hydralora_state_dict(adapted_model(), {})),
     ("q_proj has only the heads .0, 1, 2, 4, 5", lambda: from_official_state_dict(
         {key: t for key, t in OFFICIAL.items() if "B3" not in key})),
@@ -1559,8 +1559,9 @@ def test_toy_methods_have_equal_sizes(n, toy):
     assert sizes["LoRA MoE"] == pytest.approx(sizes["HydraLoRA"], rel=0.1)
     for name in sizes:
         lora, on, where = name.partition(" on ")
-        if lora in ("LoRA", "LoRA with a ReLU"):
-            assert 1 <= sizes[name] / sizes[f"HydraLoRA{on}{where}"] < 1.1
+        hydra = sizes.get(f"HydraLoRA{on}{where}")
+        if hydra and lora in ("LoRA", "LoRA with a ReLU"):
+            assert 1 <= sizes[name] / hydra < 1.1
 
 
 @parametrize("name", ["LoRA-Split", "HydraLoRA with true labels"])
