@@ -225,7 +225,7 @@ def accuracy(model, data):
 
 
 def fine_tune(task, model, method, name):
-    """Train a copy of the model by one method; returns the copy and results."""
+    """Train a copy of the model by a method; returns the copy and results."""
     model = adapt(model, method, task.seed)
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     groups = [dict(params=[p], lr=method.lr * (method.router_rate if "router" in key else 1))
@@ -335,9 +335,9 @@ def experiment(seed, device, names=MAIN_RUN, heads=None, auxiliary_weight=AUXILI
     found, sse = num_heads_from_corpus(task.training.tokens[:600, :LENGTH].tolist())
     n = heads or found
     frozen = pretrain(task, auxiliary_weight)
-    models, results = {}, {}
+    models, results, chosen = {}, {}, methods(n)
     for name in names:
-        models[name], results[name] = fine_tune(task, frozen, methods(n)[name], name)
+        models[name], results[name] = fine_tune(task, frozen, chosen[name], name)
 
     result = dict(
         seed=seed, device=device, auxiliary_weight=auxiliary_weight, heads_found=found,
@@ -376,7 +376,7 @@ def look_at_heads(task, model, n):
 
 
 def report(result):
-    """Print the results of an experiment, each with its cause."""
+    """Print an experiment's results, each with its cause."""
     print("\n1. How many heads? k-means suggests {heads_found}; using {num_heads}".format(**result))
     print("   SSE of 1, 2, ... centres:", *map(round, result["sse"]))
     print("\n2. Accuracy (%) on the new ciphers, with adapters on the last o_proj:\n")
@@ -456,7 +456,7 @@ def print_table(seeds):
         if name != hydra and hydra in names:
             size = [values("methods", key, "size")[0] for key in (name, hydra)]
             its, ours = (values("methods", key, "accuracy") for key in (name, hydra))
-            gains = [b - a for a, b in zip(its, ours)]  # on the same seed
+            gains = [b - a for a, b in zip(its, ours)]  # by seed
             print("| {} | {:,}:{:,} | {:.1f}:{:.1f} | {:+.1f} +- {:.1f} | {}/{} |".format(
                 name, *size, mean(its), mean(ours), mean(gains), stdev(gains),
                 sum(gain > 0 for gain in gains), len(gains)))
