@@ -19,7 +19,7 @@ the first block predict the plaintext symbol, so that the last attention has onl
 domain left to find; its o_proj, where the adapters are, gets what it finds as input.
 
 A linear map alone cannot apply a different cipher in each domain. B ReLU(A x), without heads
-and router, can: most of HydraLoRA's gain over LoRA is due to that.
+and router, can, and closes most of HydraLoRA's lead over LoRA.
 """
 import argparse
 import copy
@@ -392,8 +392,8 @@ def report(result):
 def report_heads(result):
     scores, merged = result["nmi"], result["merged"]
     shares = [f"{100 * v:.0f} % {name}" for name, v in result["input_variance"].items()]
-    print(f"   HydraLoRA's update is {result['update']:.0f} times as large as W0 x: "
-          "it has to outweigh them.")
+    print(f"   HydraLoRA's update is {result['update']:.0f} times as large as W0 x, "
+          "so it dominates the output.")
     print("\n3. Do the heads B_i specialise by domain? Their router reads o_proj's input.\n"
           "   Variance of its mean:", ", ".join(shares))
     print("\n   One sequence per domain, the answer (errors in capitals), and the head with\n"
@@ -424,8 +424,8 @@ def report_heads(result):
 # ---- --table and --tune: all methods on several seeds ----
 TABLE_SEEDS = range(540, 560)  # unused in tuning
 TUNING_SEEDS = range(10)
-RATES = (0.005, 0.02, 0.08)  # at higher rates, only the update grows
-ROUTER_RATES = (1, 64)  # weight decay on a fast router revives unused heads
+RATES = (0.005, 0.02, 0.08)  # higher rates are no better
+ROUTER_RATES = (1, 64)  # a fast router rarely leaves heads unused
 
 
 def start_worker():
