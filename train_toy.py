@@ -158,7 +158,7 @@ class LabelRouter(nn.Module):
 
 @dataclass
 class Method:
-    """What is trained, and on which layers."""
+    """What is trained, and where."""
     lr: float  # lr and router_rate are chosen by --tune
     n: int = 1  # heads; a single head is a LoRA
     r: int = RANK
@@ -530,11 +530,11 @@ def cost(device, sizes=SIZES, rounds=7):
             timer = Timer("way(x).sum().backward()", globals=dict(way=way, x=x))
             times[name].append(1e3 * timer.timeit(3).median)
         inputs = [x, A.weight, B.weight, *layer.parameters()]
+        costs = {name: (median(times[name]), saved_bytes(way, x, inputs) / 1e6)
+                 for name, way in ways.items()}
+        our_ms, our_mb = costs["HydraLoRA"]
         print(f"{tokens} tokens, width {width}, r {r}, n {n} (relative to HydraLoRA):")
-        for name, way in ways.items():
-            ms, mb = median(times[name]), saved_bytes(way, x, inputs) / 1e6
-            if way is layer:
-                our_ms, our_mb = ms, mb
+        for name, (ms, mb) in costs.items():
             print(f"   {name:10}{ms:8.1f} ms ({ms / our_ms:.2f}) "
                   f"{mb:8.2f} MB saved for backward ({mb / our_mb:.2f})")
 
