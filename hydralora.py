@@ -22,17 +22,17 @@ NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are trained:
            delta          (..., d)  the update s sum_i w_i B_i A x; for s, see [4]
 
 Why the heads need a router: with the same w for all tokens, (3) is one LoRA of rank r,
-whose B is sum_i w_i B_i, however many heads there are. With a router, the update is
-[B_1 ... B_N] kron(w, A x). It still has rank r for each token, but together, the updates
-of all tokens can reach N r directions.
+whose B is sum_i w_i B_i, however many heads there are. With a router, w varies. For each
+token, the update is still that of a LoRA of rank r, but together, the updates of all
+tokens, s [B_1 ... B_N] kron(w, A x), can span up to N r dimensions.
 
-Why the heads become different: they start equal, with B_i = 0. So in the first step, A
-and Wg have no gradient, and the gradients of the heads differ only in w_i. The random Wg
-is what makes the heads different: if its rows were equal, the heads would stay equal.
+Why the heads become different: they start equal, with B_i = 0. So in the first step, the
+gradients of A and Wg are zero, and those of the heads differ only in w_i. The random Wg is
+what makes the heads different: if its rows were equal, the heads would stay equal.
 
-What a head learns: with g = dL/dy for one token,
+What is learned, with g = dL/dy for one token:
 
-    dL/dB_i = s w_i g (A x)^T     a head learns from the tokens that the router gives it
+    dL/dB_i = s w_i g (A x)^T     a head learns from each token in proportion to w_i
     dL/dw_i = s g . B_i A x       the router turns to the heads that lower the loss
 
 Choices where the paper is silent or the official code differs. L339 is line 339 of
@@ -40,21 +40,21 @@ https://github.com/Clin0212/HydraLoRA/blob/afb693b/HydraLoRA/peft/tuners/lora.py
 and the script is HydraLoRA/fine-tuning.sh in that repository.
 
     [1] The router reads x, as in the paper's text and L339. But the paper prints Wg as
-        (r, N), which would fit A x. For LoRA MoE's router, Appendix A.2 prints (d_m, n).
+        (r, N), which would fit A x. For LoRA MoE, Appendix A.2 has (d_m, n), which fits x.
     [2] The router has no bias (L279) and Kaiming-uniform init (L299), like A (L295).
-    [3] The adapter is float32, or float64 for a float64 base. The script has it in bf16,
-        and only the softmax in float32 (L339).
-    [4] The update is scaled by s = lora_alpha / r (L284, L342): by default 16 / 8, in the
-        script 32 / 4. The paper has no such factor.
+    [3] The adapter is float32, or float64 for a float64 base; the script's is bf16. The
+        softmax is never below float32 (L339): if w is near 1, 1 - w decides Wg's gradient.
+    [4] The update is scaled by s = lora_alpha / r (L284, L342): here 16 / 8, in the script
+        32 / 4. The paper has no such factor.
     [5] All heads share one dropout mask, on A's input; the router sees x without dropout
         (L339). L342 draws a mask for each head; the paper has no dropout.
     [6] Only y is returned. L347 also returns a balance loss, which is always 0 (L344).
     [7] The caller picks the layers. The script adapts gate_proj, up_proj and down_proj.
-        Table 2's 0.124% fits q_proj and v_proj without routers, which is our inference.
+        From Table 2's 0.124%, we infer q_proj and v_proj, with the routers not counted.
     [8] Merging uses one w, from the caller, for all tokens. The paper merges "based on the
         input" (3.2.2), which we read as: for each token.
-    [9] k-means gives N only: no head starts from a cluster. The official code has no
-        k-means; the script sets 4 heads.
+    [9] k-means only chooses N; it initialises no head. The official code has no k-means;
+        the script sets 4 heads.
 
 To read this file beside the paper, stop at "A tiny transformer".
 """
@@ -85,7 +85,9 @@ class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # U(-1, 1) / sqrt(k) [2]
 
     def forward(self, x):
-        return F.linear(x, self.weight).softmax(-1)  # (..., n) [3]
+        logits = F.linear(x, self.weight)  # (..., n)
+        high = torch.promote_types(logits.dtype, torch.float32)
+        return logits.softmax(-1, dtype=high).to(logits.dtype)  # (..., n) [3]
 
 
 class HydraLoRALinear(nn.Module):
@@ -145,7 +147,7 @@ class HydraLoRALinear(nn.Module):
     def extra_repr(self):
         return f"num_heads={self.num_heads}, r={self.r}, scaling={self.scaling:g}"
 
-    # For models that read them, such as T5.
+    # Some models, such as T5, read these.
     weight = property(lambda self: self.base.weight)
     bias = property(lambda self: self.base.bias)
 
@@ -154,7 +156,7 @@ class HydraLoRALinear(nn.Module):
     def to_lora(self, gates):
         """The LoRA of Eq. 1 for fixed gates (n,): A (r, k) and B = s sum_i gates_i B_i (d, r).
 
-        The heads are linear, so averaging the B_i averages their outputs (3.2.2).
+        B_i A x is linear in B_i, so mixing the B_i mixes the outputs (3.2.2).
         """
         if type(self).forward is not HydraLoRALinear.forward:
             raise TypeError(f"{type(self).__name__} overrides forward: it needs its own to_lora")
@@ -170,7 +172,7 @@ class HydraLoRALinear(nn.Module):
     def merge(self, gates):
         """Eq. 2: a copy of base with the weight W0 + s sum_i gates_i B_i A.
 
-        It is exact for tokens whose w equals gates (n,). For other tokens, y is off by
+        Up to rounding, it is exact for tokens whose w equals gates (n,). Else, y is off by
         s sum_i (gates_i - w_i) B_i A x. TypeError if base is not a plain nn.Linear.
         """
         if not _is_plain_linear(self.base):
@@ -207,8 +209,8 @@ def tf_idf(texts):
 def sse_curve(X, max_centres):
     """The SSE of k-means, sum_i min_j |X_i - C_j|^2, for 1, ..., max_centres centres C_j.
 
-    The paper starts from random centres. This is fast global k-means (Likas et al., 2003): n
-    centres start from the n - 1 before them and the document that lowers the SSE most.
+    The paper starts from random centres. This is fast global k-means (Likas et al., 2003):
+    to the n - 1 centres found, it adds the document that lowers the SSE most.
     """
     between = torch.cdist(X, X).square()  # (documents, documents)
     C = X.mean(0, keepdim=True)           # (1, terms)
@@ -228,7 +230,7 @@ def sse_curve(X, max_centres):
 def num_heads_from_corpus(documents, max_heads=10):
     """Appendix B: N from the corpus, by TF-IDF, k-means and the elbow of the SSE curve [9].
 
-    documents: a few hundred strings, split at white space, or unpadded token sequences.
+    documents: a few hundred strings (split here), or token sequences without padding.
     Returns n >= 2, and the SSE of 1, ..., max_heads centres.
 
     At the elbow, "the rate of decrease in SSE slows down". Our rule: n maximises
@@ -240,7 +242,7 @@ def num_heads_from_corpus(documents, max_heads=10):
     texts = [d.split() if isinstance(d, str) else [*map(str, d)] for d in documents]
     sse = sse_curve(tf_idf([text for text in texts if text]), max_heads + 1)
     gains = -torch.tensor(sse).diff()  # SSE_{n-1} - SSE_n for n = 2, ..., max_heads + 1
-    next_gains = gains[1:].clamp_min(1e-5 * sse[0])  # smaller is rounding
+    next_gains = gains[1:].clamp_min(1e-5 * sse[0])  # less is rounding
     return 2 + (gains[:-1] / next_gains).argmax().item(), sse[:max_heads]
 
 
@@ -303,7 +305,7 @@ class TinyTransformer(nn.Module):
 
 
 # ---- On a model ----
-# Not in the paper, nor is the next section.
+# This section and the next are not from the paper.
 def hydralora_layers(model):
     """The HydraLoRA layers: dict name -> HydraLoRALinear."""
     return {name: m for name, m in model.named_modules() if isinstance(m, HydraLoRALinear)}
@@ -317,7 +319,7 @@ def _require_layers(model):
 
 
 def _replace(model, new):
-    """The model with new[module] in place of each module in new, under all its names."""
+    """Put new[module] in place of each module in new, wherever it is; return the model."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in new:
@@ -330,8 +332,8 @@ def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
 
     target_modules: "q_proj", "layers.0.q_proj" or a list of them [7]. A layer matches if
     its name is a target or ends in "." + target. layer: HydraLoRALinear or a subclass,
-    called as layer(base, **arguments). A second injection adds to the first. Fused MoE
-    experts are not nn.Linear layers, and are skipped.
+    called as layer(base, **arguments). A second call adapts more layers. Fused MoE experts
+    are not nn.Linear layers, and are skipped.
     """
     modules, bases = dict(model.named_modules()), {}
     for target in [target_modules] if isinstance(target_modules, str) else target_modules:
@@ -392,7 +394,7 @@ def mean_gates(model, batches):
     """The mean w over all tokens of calibration inputs, in eval mode: dict name -> (n,).
 
     batches: a list of tensors, or of dicts of keyword arguments, without padding.
-    **Merging with mean gates can ruin the model.**
+    **Merging with mean gates can ruin the model**, since w varies.
     """
     total = dict.fromkeys(hydralora_layers(model), 0)
     count = dict.fromkeys(total, 0)
@@ -475,10 +477,10 @@ def from_official_state_dict(state):
 def export_lora(model, gates):
     """A LoRA for PEFT, (state, config), for fixed gates, given as for merge_hydralora.
 
-    Save them as adapter_model.safetensors and adapter_config.json. Lower ranks are padded.
+    Save them as adapter_model.safetensors and adapter_config.json. A smaller r is padded.
     AutoPeft classes need task_type and base_model_name_or_path in config. In many MoE
-    models, PEFT 0.20+ takes gate_proj, up_proj and down_proj for fused experts and loads
-    nothing: merge instead.
+    models, PEFT 0.20+ mistakes gate_proj, up_proj and down_proj for fused experts and
+    loads nothing: merge instead.
     """
     hydralora_state_dict(model)  # refuses what is on meta or sharded
     loras = {name: layer.to_lora(gates[name] if isinstance(gates, dict) else gates)
