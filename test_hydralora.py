@@ -1012,7 +1012,6 @@ def test_wrong_implementation_is_caught(row):
 
 def test_each_case_has_a_wrong_implementation():
     assert {row.caught_by for row in WRONG} == {*CASES, *DRAWN, *TESTS}, "see WRONG"
-    assert {group for row in WRONG for group in row.groups} == {*GROUPS}
 
 
 # ---- Right implementations ----
@@ -1093,7 +1092,7 @@ each_dtype = parametrize("dtype", [f64, f32, bf16, f16], ids=str)
 
 
 def make_layer(k=K, d=D, dtype=f64, layer=HydraLoRALinear, **arguments):
-    """A layer whose heads are not zero and whose gates vary from token to token."""
+    """A layer with heads that are not zero, and gates that vary."""
     torch.manual_seed(0)
     arguments = dict(num_heads=N, r=R, lora_alpha=2 * R) | arguments
     made = layer(nn.Linear(k, d, dtype=dtype), **arguments)
@@ -1149,22 +1148,16 @@ def test_router_of_16_bits_learns_while_a_gate_is_near_1():
     assert router.weight.grad[0].item() == pytest.approx(9e-4, rel=0.05)
 
 
-def test_first_step_trains_the_heads_alone():
-    layer, x = HydraLoRALinear(nn.Linear(K, D)), torch.randn(9, K)
-    layer(x).square().sum().backward()
-    assert not layer.lora_A.grad.any() and not layer.router.weight.grad.any()
-    assert all(g.any() for g in layer.lora_B.grad)
-
-
 @parametrize("equal", [True, False])
 def test_random_router_makes_the_heads_different(equal):
     layer, x = HydraLoRALinear(nn.Linear(K, D, dtype=f64)), randn(9, K)
     if equal:
         layer.router.weight.data[:] = layer.router.weight.data[0].clone()
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
-    for _ in range(5):
+    for step in range(5):
         optimizer.zero_grad()
         layer(x).sin().sum().backward()
+        assert step or not (layer.lora_A.grad.any() or layer.router.weight.grad.any())
         optimizer.step()
     first, *others = layer.lora_B.detach()
     assert first.any()
@@ -1178,7 +1171,7 @@ def test_dropout_has_one_mask_on_x_and_skips_the_router():
     with record_gates(layer) as gates:
         mask = (layer(x) - layer.base(x)) / x
     close(gates[""], layer.router(x).detach())
-    close(mask, 2 * (mask > 1).double())  # 0 or 1 / (1 - 0.5)
+    close(mask, 2 * (mask > 1).double())
     close(layer.eval()(x) - layer.base(x), x)
 
 
@@ -1224,7 +1217,6 @@ def test_bare_layer_is_a_model():
     assert torch.equal(other(x), layer(x))
     gates = mean_gates(layer, [x])
     close(merge_hydralora(layer, gates).weight, layer.merge(gates[""]).weight)
-    assert isinstance(inject_hydralora(nn.Linear(2, 2), ""), HydraLoRALinear)
 
 
 # ---- Choosing N ----
@@ -1447,6 +1439,13 @@ def run_toy(toy, *options):
         return toy.main()
 
 
+def test_toy_trains_at_the_rate_of_each_group(toy, task):
+    slow, fast = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    groups = [dict(params=[slow], lr=1.0), dict(params=[fast], lr=8.0)]
+    assert toy.train(lambda batch: (slow + fast).sum(), groups, task.training, "") == 2
+    assert fast.item() / slow.item() == pytest.approx(8, rel=0.3)
+
+
 def test_toy_learning_rates(toy, task, monkeypatch):
     """A router is faster, and is trained only if it can learn something."""
     found = []
@@ -1463,7 +1462,8 @@ def test_toy_methods_start_equal(toy):
     layers = {name: toy.adapt(model, replace(method, r=9), 0).layers[1].o_proj
               for name, method in toy.methods().items() if "o_proj" in method.target}
     A, Wg = layers["HydraLoRA"].lora_A, layers["HydraLoRA"].router.weight
-    assert len(layers.pop("one A per head, shared B").lora_A[:, 0, 0].unique()) == 3
+    different = layers.pop("one A per head, shared B").lora_A
+    assert len(different[:, 0, 0].unique()) == 3 and different.abs().max() > 0.99 / 8
     for layer in layers.values():
         assert torch.equal(layer.lora_A, A.expand_as(layer.lora_A)) and layer.scaling == 2
     assert torch.equal(Wg, layers["LoRA MoE"].router.weight) and not torch.equal(Wg, A[:len(Wg)])
@@ -1575,7 +1575,7 @@ def test_toy_table(toy, capsys, monkeypatch, tmp_path):
 
 
 @parametrize("options, word", [
-    ("--table --check", "--table"), ("--cost --heads 2", "--cost"), ("--heads 0", "--heads"),
+    ("--table --check", "--table"), ("--heads 0", "--heads"),
     ("--seed -1", "--seed"),
     ("--seed 99999999999999999999", "--seed"), ("--json /no/such/x", "/no/such/x"),
     ("--device no_such --json y", "no_such")])
