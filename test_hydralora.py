@@ -1064,8 +1064,6 @@ def test_tolerance_of_its_example():
     cases = {case.group: case for case in cases_of("many-tokens")}
     for group, value in ("fp16", 0.0031), ("bf16", 0.031):
         assert tolerance(cases[group])["A.grad"] == pytest.approx(value, rel=0.1)
-    found = as_float64(compute(CORRECT["32 chunks of tokens"], cases["bf16"]))
-    assert error_of("A.grad", found["A.grad"], cases["bf16"]) > 0.015  # half of that
 
 
 def test_chosen_implementation_is_tested(request, monkeypatch):
@@ -1075,7 +1073,7 @@ def test_chosen_implementation_is_tested(request, monkeypatch):
 
 @parametrize("name, value, word", [
     ("HYDRALORA_DEVISE", "cpu", "HYDRALORA_IMPL and HYDRALORA_DEVICE"),
-    ("HYDRALORA_DEVICE", "gpu", "gpu"), ("HYDRALORA_IMPL", "hydralora", "not a function")])
+    ("HYDRALORA_IMPL", "hydralora", "not a function")])
 def test_bad_setting_stops_with_a_sentence(name, value, word, monkeypatch):
     monkeypatch.setenv(name, value)
     with pytest.raises(pytest.fail.Exception, match=word):
@@ -1176,6 +1174,12 @@ def test_dropout_has_one_mask_on_x_and_skips_the_router():
 
 
 # ---- A model ----
+def test_tiny_transformer_uses_all_parameters():
+    model = plain_model()
+    model(IDS).square().sum().backward()
+    assert all(p.grad.any() for p in model.parameters())
+
+
 def test_injection_changes_no_output_and_no_mode():
     model = plain_model()
     model.layers[0].eval()
@@ -1231,7 +1235,7 @@ def test_num_heads_of_domains(sizes):
 
 @parametrize("documents", [
     ["a c", "b  c\n", "a a c", "b b c"],
-    [[], [1, 3], [2, 3], [1, 1, 3], "", [2, 2, 3]]])
+    [[], "", *(torch.tensor(ids) for ids in ([1, 3], [2, 3], [1, 1, 3], [2, 2, 3]))]])
 def test_sse_by_hand(documents):
     n, sse = num_heads_from_corpus(iter(documents), max_heads=3)
     assert n == 2
@@ -1244,6 +1248,7 @@ def test_fixed_gates_make_one_lora():
     model = inject_hydralora(adapted_model("q_proj"), "0.o_proj", num_heads=N, r=2)
     gates = {name: GATES.roll(i) for i, name in enumerate(hydralora_layers(model))}
     model.layers[0].q_proj.scaling = 0.5
+    nn.init.normal_(model.layers[0].o_proj.lora_B)
     with hook_gates(model, lambda name, w: gates[name].expand_as(w)):
         logits = model(IDS)
     state, config = export_lora(model, gates)
@@ -1272,10 +1277,6 @@ def test_merge_rounds_once(size, dtype):
     assert all(p.all() for p in layer.parameters())  # nothing is shared
 
 
-class OwnForward(nn.Linear):
-    forward = nn.Bilinear.forward
-
-
 class Subclass(torch.Tensor):
     pass
 
@@ -1288,11 +1289,9 @@ def set_to(name, value):
 
 @parametrize("change", [
     set_to("forward", nn.Linear(K, D).forward),
-    set_to("__class__", OwnForward),
     lambda base: base.register_forward_hook(print),
     lambda base: base.register_forward_pre_hook(print),
     nn.utils.parametrizations.spectral_norm,
-    nn.utils.spectral_norm,
     set_to("weight", torch.ones(D, K).as_subclass(Subclass)),
     set_to("weight", torch.ones(D, K).to(torch.int8)),
     set_to("weight", torch.ones(D, K).to(torch.float8_e4m3fn)),
@@ -1332,7 +1331,6 @@ def test_gates_of_a_model_that_may_be_compiled(compiled):
 
 
 def test_mean_gates_are_those_of_eval_mode():
-    """And of all tokens of all calls; the second batch is a single token."""
     model = nn.Sequential(nn.Dropout(0.5), layer := make_layer(K, K), nn.Identity().eval(), layer)
     x, token = randn(2, 3, K), randn(K)
     w = [layer.router(y).view(-1, N) for v in (x, token) for y in (v, layer(v))]
@@ -1398,6 +1396,7 @@ def test_bad_call_is_refused(word, call):
 
 @parametrize("model, target_modules, word", [
     (plain_model(), ["o_proj", "norm"], "LayerNorm"),
+    (plain_model(), "proj", "nothing"),
     (adapted_model(), ["o_proj", "q_proj"], "HydraLoRALinear"),
     (nn.TransformerEncoderLayer(8, 2), "linear1", "bypass"),
     (nn.MultiheadAttention(8, 2), "out_proj", "bypass")])
@@ -1437,6 +1436,11 @@ def run_toy(toy, *options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_toy.py", "--device", DEVICE, *options])
         return toy.main()
+
+
+def test_toy_auxiliary_weight_matters(toy, task):
+    first, second = (toy.pretrain(task, weight).lm_head.weight for weight in (0.0, 3.0))
+    assert not torch.equal(first, second)
 
 
 def test_toy_trains_at_the_rate_of_each_group(toy, task):
@@ -1486,16 +1490,13 @@ def test_toy_experts_compute_their_formula(name, toy, task):
     model = toy.adapt(TinyTransformer(toy.MODEL).to(DEVICE), toy.methods()[name], 0)
     layer, x = model.layers[1].o_proj, torch.randn(90, 64, toy.MODEL.hidden_size, device=DEVICE)
     nn.init.normal_(layer.lora_B)
-    w = toy.gates_of(model, task.test)[:, :1].expand(-1, 64, -1)  # of LoRA-Split: the labels
-    if name == "LoRA-Split":
-        assert torch.equal(w.argmax(-1)[:, 0], task.test.domain) and (w.amax(-1) == 1).all()
+    toy.predict(model, task.test)  # sets the labels
     delta = torch.einsum("btn,ndr,nrk,btk->btd", layer.router(x), layer.lora_B.expand(3, -1, -1),
                          layer.lora_A, x)
     close(layer(x) - layer.base(x), layer.scaling * delta, rtol=1e-4, atol=1e-4)
 
 
 def test_toy_without_router_is_a_lora(toy):
-    """After some steps, from the same A."""
     outputs, base = [], TinyTransformer(toy.MODEL).double()
     for method in (toy.methods()["HydraLoRA without router"], toy.Method()):
         model = toy.adapt(base, method, 0)
@@ -1532,9 +1533,11 @@ def test_toy_overlap_is_that_of_inputs_and_outputs(toy, task, monkeypatch):
     assert [*toy.observation_2(task, None).values()] == pytest.approx([0.5, 0] * 4, abs=1e-6)
 
 
-@parametrize("heads", [1, 2, 6])
+@parametrize("heads", [1, 3, 6])
 def test_toy_experiment(heads, toy, capsys, monkeypatch):
     monkeypatch.setattr(toy, "merge", lambda task, model: dict(true_domain=81.5, all_domains=31.5))
+    monkeypatch.setattr(toy, "accuracy", lambda model, data, measure=toy.accuracy: measure(
+        model, data) if len(data.tokens) == toy.EVALUATION else pytest.fail("not test data"))
     result = toy.experiment(1, DEVICE, heads=heads, auxiliary_weight=0.5)
     printed = capsys.readouterr().out
     assert (result["seed"], result["auxiliary_weight"], len(result["gates"][0])) == (1, 0.5, heads)
@@ -1575,10 +1578,8 @@ def test_toy_table(toy, capsys, monkeypatch, tmp_path):
 
 
 @parametrize("options, word", [
-    ("--table --check", "--table"), ("--heads 0", "--heads"),
-    ("--seed -1", "--seed"),
-    ("--seed 99999999999999999999", "--seed"), ("--json /no/such/x", "/no/such/x"),
-    ("--device no_such --json y", "no_such")])
+    ("--table --check", "--table"), ("--heads 0", "--heads"), ("--seed 99999999999999999999", "seed"),
+    ("--json /no/such/x", "/no/such/x"), ("--device no_such --json y", "no_such")])
 def test_toy_refuses_options(options, word, toy, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(toy, "Task", lambda *_: pytest.fail("training has begun"))

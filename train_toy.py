@@ -204,7 +204,7 @@ class Method:
     layer: type = HydraLoRALinear
     router: type = Router
     target: str = "layers.1.o_proj"
-    lr: float = 0.08  # chosen by --tune
+    lr: float = 0.08  # another if --tune gains over half a point
     partner: str = "HydraLoRA"  # compared with it in --table
 
 
@@ -389,9 +389,9 @@ def experiment(seed, device, heads=None, auxiliary_weight=AUXILIARY_WEIGHT, tabl
     print("""
    x is the adapters' input. Of the variance of its mean for each domain and symbol,
    {:.0%} is due to the domain, {:.0%} to the symbol, {:.0%} to the pair. As far as x is a
-   domain part plus a symbol part, B A x is such a sum too, but a cipher needs the pair.
-   A ReLU after A, or gates made from x, let the domain change the answer to a symbol.\
-""".format(*shares.values()))
+   domain part plus a symbol part, B A x is such a sum too, and only the frozen MLP behind
+   it can pair them, as a cipher must. A ReLU after A, or gates made from x, can do so in
+   the update.""".format(*shares.values()))
 
     print("\n3. Do the heads B_i specialise by domain?\n")
     result = dict(
@@ -431,7 +431,7 @@ def subspace_overlap(matrices):
 
 def observation_2(task, model):
     """Overlap of LoRA-Split's A_i and of its B_i, from equal and from different A_i. At the low
-    learning rate, A hardly moves. Chance is r / width."""
+    learning rate, the start still shows. Chance is r / width."""
     split, overlap = methods()["LoRA-Split"], {}
     for start, layer in dict(equal=LoRAExperts, different=UnequalExperts).items():
         for lr in (0.08, 0.001):
@@ -445,7 +445,7 @@ def observation_2(task, model):
 # ---- --table and --tune: several seeds ----
 def start_worker():
     torch.set_num_threads(1)
-    sys.stdout = open(os.devnull, "w")  # else their lines would mix
+    sys.stdout = open(os.devnull, "w")
 
 
 def all_seeds(seeds, function, **arguments):
@@ -537,7 +537,7 @@ def cost(device, sizes=SIZES, rounds=7):
 
         ways = {"HydraLoRA": layer, "LoRA": lambda x: layer.base(x) + B(A(x)), "loop": loop}
         times = {name: [] for name in ways}
-        for name, way in [*ways.items()] * rounds:  # in turns: machines are noisy
+        for name, way in [*ways.items()] * rounds:  # in turns
             timer = Timer("way(x).sum().backward()", globals=dict(way=way, x=x))
             times[name].append(1e3 * timer.timeit(3).median)
         print(f"{tokens} tokens, width {width}, r {r}, n {n}")
