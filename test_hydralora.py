@@ -169,16 +169,16 @@ def every(axes, lay_out):
 
 STRIDES = {
     "contiguous": {},
-    "offset": every(1, lambda t: F.pad(  # as batch[3:], or a view of a flat parameter
+    "offset": every(1, lambda t: F.pad(  # as batch[3:]
         t.flatten(), (3, 0), value=GAP)[3:].view(t.shape)),
     "slice": every(1, lambda t: F.pad(t, (3, 5) * t.dim(), value=GAP)[
-        (slice(3, -5),) * t.dim()]),  # of a larger tensor, in all axes
+        (slice(3, -5),) * t.dim()]),  # in all axes
     "gaps": every(3, lambda t: F.pad(t, (0, 0, 0, 1), value=GAP)[..., :-1, :]),
     "last": every(3, lambda t: F.pad(t, (0, 0, 2, 0), value=GAP)[..., 2:, :]),  # as x[:, -1:]
     "stride-2": every(1, lambda t: F.pad(t[..., None], (0, 1), value=GAP)[..., 0]),
     "column-major": every(2, lambda t: swapped(t, -2, -1)),
     "batch-second": every(3, lambda t: swapped(t, 0, 1)),  # x from (t, b, k)
-    "heads-first": every(4, lambda t: swapped(t, -3, -2)),  # x from (b, heads, t, k)
+    "heads-first": every(4, lambda t: swapped(t, -3, -2)),  # (b, heads, t, k)
 }
 LAYOUTS = STRIDES | {  # these change values
     "zero-token": {"x": lambda t: torch.cat([0 * t[:1], t[1:]])},
@@ -237,15 +237,15 @@ CASES = {
     "tokens": Case(lead=(40,), **ALIGNED),
     "tiles": Case(lead=(2, 64), k=128, d=192, r=32, n=32, bias=False),
     "past-tiles": Case(lead=(2, 65), k=193, d=131, r=33, n=35),
-    "thousands": Case(lead=(2, 2048), k=256, d=128, r=16, n=16),
-    "sequence": Case(lead=(1, 2100), k=1040, d=136, r=128, n=8, layout="offset"),
-    "many-tiles": Case(lead=(1, 13200), k=64, d=80, r=16, n=2, bias=False,
+    "thousands": Case(lead=(2, 2048), k=256, d=128, r=16, n=4),
+    "sequence": Case(lead=(1, 2100), k=144, d=136, r=128, n=3, layout="offset"),
+    "many-tiles": Case(lead=(1, 13200), k=16, d=80, r=16, n=2, bias=False,
                        requires_grad=("A", "B", "Wg")),  # as in the first layer of a model
     "many-tokens": Case(lead=(512, 8), k=32, d=32, r=16, n=3, mean=1.0, bias=False),
     "grid-limit": Case(lead=(65540,), k=3, d=2, r=1, n=2, requires_grad=TRAINED),
-    "wide": Case(lead=(3,), k=1104, d=1056, r=48, n=20),
-    "large-B": Case(lead=(2, 150), k=16, d=528, r=528, n=2, bias=False),
-    "long-input": Case(lead=(1, 1), k=16400, d=80, r=32, n=8, bias=False),
+    "wide": Case(lead=(40,), k=1104, d=1056, r=48, n=4),
+    "large-B": Case(lead=(2, 70), k=16, d=528, r=528, n=2, bias=False),
+    "long-input": Case(lead=(1, 1), k=16400, d=16, r=32, n=8, bias=False),
     "long-output": Case(lead=(1, 1), k=48, d=8208, r=16, n=2),
     "one-token": Case(lead=(), r=40, n=20, scaling=2.0**-10),
     "last-tokens": Case(lead=(16, 1), layout="last", **ALIGNED),
@@ -254,7 +254,7 @@ CASES = {
     "one-head": Case(n=1),  # LoRA
     "two-heads": Case(lead=(2, 60), **ALIGNED | dict(n=2), Wg_scale=100.0),  # logits below -88
     "many-heads": Case(n=260),
-    "large-logits": Case(n=70, Wg_scale=200.0),  # and above 88
+    "large-logits": Case(n=20, Wg_scale=200.0),  # and above 88
     "zero-heads": Case(lead=(2, 30), k=3, d=10, bias=False, B_scale=0.0),  # as training begins
     "near-zero": Case(B_scale=2e-4),  # soon after
     "zero-token": Case(layout="zero-token"),
@@ -267,7 +267,8 @@ CASES = {
     **{layout: Case(lead=(3, 4), layout=layout, **ALIGNED | dict(bias=True))
        for layout in ("slice", "stride-2")},
 }
-LARGE = ("thousands", "sequence", "many-tiles", "wide", "large-B", "long-input", "long-output")
+LARGE = ("thousands", "sequence", "many-tiles", "wide", "large-B", "long-input", "long-output",
+         "many-heads")
 TILES, SIZES = (64, 128, 192), (*range(1, 33), *range(33, 200, 8))
 DRAWN = {  # k and d, r, n, tokens and bias, drawn anew in each group
     "drawn-tiles": (TILES, (16, 32, 64), (4, 8, 16), (64, 128), (False,)),
@@ -337,16 +338,20 @@ def expected(case, gates=softmax):
 @functools.cache
 def tolerance(case):
     """The largest allowed errors: eps + 4 * the largest error of `loop`, in the same
-    dtypes, on three draws of the tensors (on one, if they are large).
+    dtypes, on three draws of the tensors (one if they are large).
 
     A.grad of many-tokens in bf16, for example, gets 0.031 (eps 0.0078, the loop's error
     0.0058): a kernel may sum the 4096 tokens in 32 chunks, rounding after each, but not
     in 128. fp32 gets 5e-5 more, for float32 sums in any order, but not for TF32. fp64
     gets 1e-10 more.
     """
-    if case.seed or case.resampled:
-        return tolerance(replace(case, seed=0, resampled=()))
-    draws = [replace(case, seed=i) for i in range(1 if case.name in LARGE else 3)]
+    draws = [case]
+    if math.prod(case.lead) * case.n < 3000:
+        layout = "contiguous" if case.layout in STRIDES else case.layout
+        like = replace(case, name="", scaling=abs(case.scaling), layout=layout, resampled=())
+        draws = [replace(like, seed=i) for i in range(3)]
+        if case != draws[0]:
+            return tolerance(draws[0])
     cast = case.group.removeprefix("mixed-")  # A, B and Wg too
     errors = [{name: error_of(name, t, draw) for name, t in as_float64(
         compute(loop, replace(draw, group=cast, requires_grad=INPUTS))).items()} for draw in draws]
@@ -520,7 +525,7 @@ def compute(function, case, mode=torch.enable_grad, inputs=None):
 # ---- The tests of an implementation ----
 @pytest.fixture
 def implementation():
-    """In one thread: most tensors are small."""
+    """In one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield IMPLEMENTATION or hydralora_layer
@@ -557,7 +562,7 @@ def test_oracle_calls_in_a_row(implementation, mode, case):
     half of them in order, half in reverse."""
     inputs, calls, axes = tensors(case), [], len(case.lead)
     token = ACTIVATIONS, dict(lead=(1, 1)[-axes:])
-    many_layers = [(TENSORS, dict(seed=i % 5, scaling=i % 5 - 1.5)) for i in range(55)]
+    many_layers = [(TENSORS, dict(seed=i % 3, scaling=1.75 * (-1)**i)) for i in range(55)]
     for new, change in [
             ((), {}), ((), dict(scaling=0.0)), (WEIGHTS, {}), (ACTIVATIONS, {}),
             (ACTIVATIONS, dict(lead=(4, 7)[-axes:])), token, token,
@@ -873,7 +878,6 @@ KNOWN = [  # a failure message names those that it looks like
         1 + (v.tokens % 64 + v.k % 64 + v.d % 64 + v.r % 16 == 0))),
     wrong("first 64 tokens only", "past-tiles", delta=lambda v: zero_from(v.delta, -2, 64)),
     wrong("first 32 heads only", "past-tiles", w=lambda v: zero_from(v.w, -1, 32)),
-    wrong("first 128 heads only", "many-heads", w=lambda v: zero_from(v.w, -1, 128)),
     wrong("vectors of 8, without the tail", "drawn", x=lambda v: zero_from(
         v.x, -1, v.k // 8 * 8 or v.k)),
     wrong("first 65535 tokens only", "grid-limit", delta=lambda v: zero_from(v.delta, -2, 65535)),
@@ -902,7 +906,7 @@ WRONG = [
       for layout in ("gaps", "column-major", "batch-second", "heads-first", "broadcast")),
     wrong("grad_y read as contiguous", "grad-broadcast", dy=lambda v, g: as_contiguous(g)),
     wrong("y is wrong", "thousands", base=lambda v: v.base + (v.tokens % 64 + v.k % 64 == 0)),
-    wrong("y is wrong", "sequence", base=lambda v: v.base + v.k // 513 * v.bias),  # split k
+    wrong("y is wrong", "wide", base=lambda v: v.base + v.k // 513 * v.bias),  # split k
     wrong("y is wrong in 52 of 2100 rows, first [0, 2048]", "sequence",
           delta=lambda v: zero_from(v.delta, -2, 2048)),
     wrong("B.grad is wrong in 64 of 128 columns, first [64]", "sequence",
@@ -911,7 +915,7 @@ WRONG = [
           delta=lambda v: zero_from(v.delta, -2, 65535 // -(-v.d // 16))),
     wrong("A.grad is zero or missing", "many-tiles",
           dA=lambda v, g: g * (v.x.requires_grad or v.tokens <= 64)),
-    wrong("y is wrong", "wide", W0=lambda v: zero_from(v.W0.flatten(), 0, 2**20).view(v.d, v.k)),
+    wrong("y is wrong", "many-heads", w=lambda v: zero_from(v.w, -1, 128)),
     wrong("B.grad is wrong", "large-B", dB=lambda v, g: zero_from(g, 1, 512)),
     wrong("y is wrong", "long-input", A=lambda v: v.A * (1 + (v.k * v.r * v.n > 2**22))),
     wrong("y is wrong", "long-output", delta=lambda v: zero_from(v.delta, -1, 8192)),
@@ -939,7 +943,7 @@ WRONG = [
     wrong("the backward changed float32's precision",
           dy=lambda v, g: torch.set_float32_matmul_precision("high")),
     wrong("a float32 kernel?", groups="fp64", y=lambda v: v.y.float().double()),
-    wrong("TF32?", "sequence", "fp32", x=lambda v: half_of_x(v) if v.k > 1000 else v.x),
+    wrong("TF32?", "wide", "fp32", x=lambda v: half_of_x(v) if v.k > 1000 else v.x),
     wrong("wrong shape", "last-tokens", y=lambda v: v.y.squeeze()),
     wrong("y overlaps itself in memory", "expanded",
           y=lambda v: v.y if v.x.stride(-1) else v.y[:1].expand(v.y.shape)),
@@ -1537,7 +1541,7 @@ def test_toy_overlap_is_that_of_inputs_and_outputs(toy, task, monkeypatch):
 def test_toy_experiment(heads, toy, capsys, monkeypatch):
     monkeypatch.setattr(toy, "merge", lambda task, model: dict(true_domain=81.5, all_domains=31.5))
     monkeypatch.setattr(toy, "accuracy", lambda model, data, measure=toy.accuracy: measure(
-        model, data) if len(data.tokens) == toy.EVALUATION else pytest.fail("not test data"))
+        model, data) if len(data.tokens) == toy.EVALUATION else pytest.fail("data"))
     result = toy.experiment(1, DEVICE, heads=heads, auxiliary_weight=0.5)
     printed = capsys.readouterr().out
     assert (result["seed"], result["auxiliary_weight"], len(result["gates"][0])) == (1, 0.5, heads)
@@ -1578,7 +1582,7 @@ def test_toy_table(toy, capsys, monkeypatch, tmp_path):
 
 
 @parametrize("options, word", [
-    ("--table --check", "--table"), ("--heads 0", "--heads"), ("--seed 99999999999999999999", "seed"),
+    ("--table --check", "--table"), ("--heads 0", "--heads"), ("--seed 2251799813685248", "seed"),
     ("--json /no/such/x", "/no/such/x"), ("--device no_such --json y", "no_such")])
 def test_toy_refuses_options(options, word, toy, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
