@@ -174,7 +174,7 @@ STRIDES = {
     "slice": every(1, lambda t: F.pad(t, (3, 5) * t.dim(), value=GAP)[
         (slice(3, -5),) * t.dim()]),  # in all axes
     "gaps": every(3, lambda t: F.pad(t, (0, 0, 0, 1), value=GAP)[..., :-1, :]),
-    "last": every(3, lambda t: F.pad(t, (0, 0, 2, 0), value=GAP)[..., 2:, :]),  # as x[:, -1:]
+    "last": every(3, lambda t: F.pad(t, (0, 0, 2, 0), value=GAP)[..., 2:, :]),  # x[:, -1:]
     "stride-2": every(1, lambda t: F.pad(t[..., None], (0, 1), value=GAP)[..., 0]),
     "column-major": every(2, lambda t: swapped(t, -2, -1)),
     "batch-second": every(3, lambda t: swapped(t, 0, 1)),  # x from (t, b, k)
@@ -231,13 +231,13 @@ class Case:
 
 
 ALIGNED = dict(k=64, d=64, r=16, n=8, bias=False)  # kernels often have a fast path for it
-GENERAL = [Case(), Case(**ALIGNED), Case(lead=(10,), **ALIGNED)]  # for the tests of states
+GENERAL = [Case(), Case(**ALIGNED), Case(lead=(10,), **ALIGNED)]
 CASES = {
     "plain": Case(),
     "tokens": Case(lead=(40,), **ALIGNED),
     "tiles": Case(lead=(2, 64), k=128, d=192, r=32, n=32, bias=False),
     "past-tiles": Case(lead=(2, 65), k=193, d=131, r=33, n=35),
-    "thousands": Case(lead=(2, 2048), k=256, d=128, r=16, n=4),
+    "thousands": Case(lead=(2, 2048), k=128, d=256, r=16, n=4),
     "sequence": Case(lead=(1, 2100), k=144, d=136, r=128, n=3, layout="offset"),
     "many-tiles": Case(lead=(1, 13200), k=16, d=80, r=16, n=2, bias=False,
                        requires_grad=("A", "B", "Wg")),  # as in the first layer of a model
@@ -467,7 +467,7 @@ def assert_unchanged(call, moment):
     __tracebackhide__ = True
     for name, value in call.before.items():
         now = call.inputs[name].detach()
-        same = torch.equal(now.nan_to_num(), value.nan_to_num())
+        same = torch.equal(now, value) or torch.equal(now.nan_to_num(), value.nan_to_num())
         require(same, f"{moment} changed {name} in place", call.case)
 
 
@@ -1042,7 +1042,7 @@ def test_correct_implementation_passes(style):
 
 # ---- The reference and the settings ----
 def test_reference_by_hand():
-    """The example of hydralora.py, where dw is (6, 30), and dlogit (-4.5, 4.5)."""
+    """The example of hydralora.py, where dw is (6, 30)."""
     inputs = dict(
         x=[[1, 2]], W0=np.eye(2), bias=[10, 20], A=[[1, 1]], B=[[[1], [2]], [[5], [-2]]],
         Wg=[[math.log(3), 0], [0, 0]], grad_y=[[1, 0]])
