@@ -243,7 +243,7 @@ CASES = {
                        requires_grad=("A", "B", "Wg")),  # as in the first layer of a model
     "many-tokens": Case(lead=(512, 8), k=32, d=32, r=16, n=3, mean=1.0, bias=False),
     "grid-limit": Case(lead=(65540,), k=3, d=2, r=1, n=2, requires_grad=TRAINED),
-    "wide": Case(lead=(40,), k=1104, d=1056, r=48, n=4),
+    "wide": Case(lead=(17,), k=1104, d=1056, r=48, n=4),
     "large-B": Case(lead=(2, 70), k=16, d=528, r=528, n=2, bias=False),
     "long-input": Case(lead=(1, 1), k=16400, d=16, r=32, n=8, bias=False),
     "long-output": Case(lead=(1, 1), k=48, d=8208, r=16, n=2),
@@ -338,7 +338,7 @@ def expected(case, gates=softmax):
 @functools.cache
 def tolerance(case):
     """The largest allowed errors: eps + 4 * the largest error of `loop`, in the same
-    dtypes, on three draws of the tensors (one if they are large).
+    dtypes, on three draws of the tensors (on one if they are large, or above 16 bits).
 
     A.grad of many-tokens in bf16, for example, gets 0.031 (eps 0.0078, the loop's error
     0.0058): a kernel may sum the 4096 tokens in 32 chunks, rounding after each, but not
@@ -349,7 +349,7 @@ def tolerance(case):
     if math.prod(case.lead) * case.n < 3000:
         layout = "contiguous" if case.layout in STRIDES else case.layout
         like = replace(case, name="", scaling=abs(case.scaling), layout=layout, resampled=())
-        draws = [replace(like, seed=i) for i in range(3)]
+        draws = [replace(like, seed=i) for i in range(1 if case.group in HINTS else 3)]
         if case != draws[0]:
             return tolerance(draws[0])
     cast = case.group.removeprefix("mixed-")  # A, B and Wg too
@@ -569,7 +569,7 @@ def test_oracle_calls_in_a_row(implementation, mode, case):
             (TENSORS, dict(lead=(2, 1)[-axes:])), (("bias",), dict(bias=False)),
             (("A", "B"), dict(r=32)), (("B", "Wg"), dict(n=20)), ((), {}),
             *((new, dict(layout="column-major")) for new in (("x",), WEIGHTS, ("grad_y",))),
-            *many_layers * case.bias]:
+            *many_layers * (case.bias and mode is torch.enable_grad)]:
         now = replace(case, resampled=new, **change)
         calls.append(forward(implementation, now, mode, inputs | tensors(now, new)))
     half = len(calls) // 2
@@ -951,16 +951,16 @@ WRONG = [
           y=lambda v: v.y if v.y.numel() else v.y.detach()),
     wrong("Wg.grad is wrong", "empty-batch", dWg=lambda v, g: g + (v.y.numel() == 0)),
     wrong("y is wrong", "near-zero", "fp64", delta=lambda v: v.delta * (v.B.norm() > 0.01)),
-    wrong("one of 70 calls: ", "calls_in_a_row", s=lambda v: v.memory.setdefault("s", v.s)),
-    wrong("one of 70 calls: ", "calls_in_a_row", A=lambda v: zero_from(  # tiles of 16, once
+    wrong(" calls: ", "calls_in_a_row", s=lambda v: v.memory.setdefault("s", v.s)),
+    wrong(" calls: ", "calls_in_a_row", A=lambda v: zero_from(  # tiles of 16, once
         v.A, 0, v.memory.setdefault((v.k, v.d), -(-v.r // 16) * 16))),
-    wrong("one of 70 calls: y is wrong", "calls_in_a_row",
+    wrong(" calls: y is wrong", "calls_in_a_row",
           y=also(lambda v, g: v.memory.setdefault(v.y.shape, v.y).data.copy_(v.y))),
-    *(wrong("one of 70 calls: ", "calls_in_a_row", delta=queue, ddelta=lambda v, g, i=i: g * (
+    *(wrong(" calls: ", "calls_in_a_row", delta=queue, ddelta=lambda v, g, i=i: g * (
         v.memory["queue"].pop(i) is v)) for i in (0, -1)),
-    wrong("one of 70 calls: ", "calls_in_a_row", delta=queue, ddelta=lambda v, g: g * any(
+    wrong(" calls: ", "calls_in_a_row", delta=queue, ddelta=lambda v, g: g * any(
         call is v for call in v.memory["queue"][-64:])),
-    wrong("one of 70 calls: ", "calls_in_a_row", dy=lambda v, g: as_contiguous(
+    wrong(" calls: ", "calls_in_a_row", dy=lambda v, g: as_contiguous(
         g) if v.x.is_contiguous() else g),
     *wrong_for_each(INPUTS, "after the test changed {} in place", "changed_tensors", read_once),
     wrong("after the test changed A in place", "changed_tensors", A=lambda v: read_once(
