@@ -21,19 +21,34 @@ NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are trained:
     w      w, gates       (..., n)  mixture weights for each token, or (n,) if fixed
            delta          (..., d)  the update s sum_i w_i B_i A x; for s, see [4]
 
-Why the heads need a router: with the same w for all tokens, (3) is one LoRA of rank r,
-whose B is sum_i w_i B_i, however many heads there are. With a router, w varies. For each
-token, the update is still that of a LoRA of rank r, but together, the updates of all
-tokens, s [B_1 ... B_N] kron(w, A x), can span up to N r dimensions.
+Why a router, and not a larger rank: with the same w for all tokens, (3) is one LoRA of
+rank r, with B = sum_i w_i B_i, for any N. With a router, w varies, and the update
+s [B_1 ... B_N] kron(w, A x), where kron stacks w_1 A x, ..., w_N A x, is not linear in x.
+Over all tokens, the updates can span up to N r dimensions. Those of a LoRA of rank N r
+can, too, but it applies one matrix to all tokens.
 
-Why the heads become different: they start equal, with B_i = 0. So in the first step, the
-gradients of A and Wg are zero, and those of the heads differ only in w_i. The random Wg is
-what makes the heads different: if its rows were equal, the heads would stay equal.
+Why A is shared, and not B: with one A, all heads read the same r features of x, but the
+updates can span N r dimensions of y. With one B, the heads would read N r features, but
+the updates would span only r dimensions. The paper shares A "to improve parameter
+efficiency" (2.3): in LoRAs that were trained apart, the A "tend to converge", but not the
+B (Observation II). It posits "an artifact of the initialization schemes" (A is random, B
+zero), by which A comes to hold what domains share.
 
-What is learned, with g = dL/dy for one token:
+Why the heads become different: they start out equal, with B_i = 0. So in the first step,
+the gradients of A and Wg are zero, and those of the heads differ only in w_i. The random
+Wg is what makes the heads different: if its rows were equal, the heads would stay equal,
+but for rounding [5].
 
-    dL/dB_i = s w_i g (A x)^T     a head learns from each token in proportion to w_i
-    dL/dw_i = s g . B_i A x       the router turns to the heads that lower the loss
+Why the heads specialise: with g = dL/dy for one token, and w = softmax(l),
+
+    dL/dB_i = s w_i g (A x)^T    head i learns from each token in proportion to w_i
+    dL/dw_i = s g . B_i A x      negative if more of head i would lower the loss
+    dL/dl_i = w_i (dL/dw_i - sum_j w_j dL/dw_j)    how head i compares with the mixture
+
+So where a head does better than the mixture, its logit grows, as far as x tells those
+tokens apart, and it learns more from them: a random preference feeds itself. But a head
+whose weight is near zero for all tokens gets almost no gradient, and may stay unused [6].
+(AdamW can revive it, since it divides by the gradient's size.)
 
 Choices where the paper is silent or the official code differs. L339 is line 339 of
 https://github.com/Clin0212/HydraLoRA/blob/afb693b/HydraLoRA/peft/tuners/lora.py,
@@ -43,18 +58,22 @@ and the script is HydraLoRA/fine-tuning.sh in that repository.
         (r, N), which would fit A x. For LoRA MoE, Appendix A.2 has (d_m, n), which fits x.
     [2] The router has no bias (L279) and Kaiming-uniform init (L299), like A (L295).
     [3] The adapter is float32, or float64 for a float64 base; the script's is bf16. The
-        softmax is never below float32 (L339): if w is near 1, 1 - w decides Wg's gradient.
+        softmax is at least float32 (L339): bf16 would round w_i near 1 to 1, which makes
+        the factor 1 - w_i in dL/dl_i zero.
     [4] The update is scaled by s = lora_alpha / r (L284, L342): here 16 / 8, in the script
         32 / 4. The paper has no such factor.
     [5] All heads share one dropout mask, on A's input; the router sees x without dropout
-        (L339). L342 draws a mask for each head; the paper has no dropout.
-    [6] Only y is returned. L347 also returns a balance loss, which is always 0 (L344).
-    [7] The caller picks the layers. The script adapts gate_proj, up_proj and down_proj.
-        From Table 2's 0.124%, we infer q_proj and v_proj, with the routers not counted.
+        (L339). L342 draws a mask for each head, and these alone would make heads different.
+        The paper has no dropout.
+    [6] Only y is returned. L347 also returns "blcls", it seems a balance loss, but always 0
+        (L344). The paper has no loss that keeps all heads in use.
+    [7] The caller picks the layers. The script, and an author in issue 26, adapt gate_proj,
+        up_proj and down_proj. The LoRAs of Fig. 3 are on q_proj and v_proj, which fits
+        HydraLoRA's 0.124% of parameters (Table 2), with the routers not counted.
     [8] Merging uses one w, from the caller, for all tokens. The paper merges "based on the
         input" (3.2.2), which we read as: for each token.
-    [9] k-means only chooses N; it initialises no head. The official code has no k-means;
-        the script sets 4 heads.
+    [9] k-means only chooses N, as the official README says. It initialises no head, though
+        Appendix B is headed "Initialization via k-means". The script sets 4 heads.
 
 To read this file beside the paper, stop at "A tiny transformer".
 """
@@ -69,7 +88,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__version__ = "0.8.0"
+__version__ = "0.9.0"
 
 
 # ---- The layer ----
@@ -129,13 +148,13 @@ class HydraLoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B)  # the update starts at zero
 
     def router_input(self, x):
-        """The router's input, here x (..., k) [1]. A variant may override it."""
+        """The router's input (..., k), here x. A variant may return A x, for Wg (n, r) [1]."""
         return x
 
     def forward(self, x):
         """Eqs. 3 and 4, L336-347: x (..., k) -> y (..., d).
 
-        einsum forms kron(w, z) first, so that all heads together are one matrix product.
+        einsum forms kron(w, z) first, so that all heads take one matrix product.
         """
         y = self.base(x)                                 # (..., d), W0 x + bias
         x = x.to(self.lora_A.dtype)
@@ -172,7 +191,7 @@ class HydraLoRALinear(nn.Module):
     def merge(self, gates):
         """Eq. 2: a copy of base with the weight W0 + s sum_i gates_i B_i A.
 
-        Up to rounding, it is exact for tokens whose w equals gates (n,). Else, y is off by
+        Exact, up to rounding, for tokens whose w equals gates (n,). For others, y is off by
         s sum_i (gates_i - w_i) B_i A x. TypeError if base is not a plain nn.Linear.
         """
         if not _is_plain_linear(self.base):
@@ -189,7 +208,7 @@ class HydraLoRALinear(nn.Module):
 
 
 def _is_plain_linear(base):
-    """Whether base computes W0 x + bias from a weight that can be added to."""
+    """Whether base computes W0 x + bias, and merging can add to its weight."""
     W0 = base.weight
     return (base.forward == nn.Linear.forward.__get__(base)  # not overridden
             and not base._forward_hooks and not base._forward_pre_hooks
@@ -230,12 +249,12 @@ def sse_curve(X, max_centres):
 def num_heads_from_corpus(documents, max_heads=10):
     """Appendix B: N from the corpus, by TF-IDF, k-means and the elbow of the SSE curve [9].
 
-    documents: a few hundred strings (split here), or token sequences without padding.
+    documents: a few hundred strings (split at spaces), or token sequences without padding.
     Returns n >= 2, and the SSE of 1, ..., max_heads centres.
 
     At the elbow, "the rate of decrease in SSE slows down". Our rule: n maximises
     (SSE_{n-1} - SSE_n) / (SSE_n - SSE_{n+1}). This finds domains that differ in vocabulary.
-    But every curve has an elbow, even that of a single domain: look at the SSE.
+    But even a single domain's curve has an elbow: check that the SSE drops.
     """
     if isinstance(documents, str):
         raise TypeError("documents must be a list, got one string")
@@ -319,7 +338,7 @@ def _require_layers(model):
 
 
 def _replace(model, new):
-    """Put new[module] in place of each module in new, wherever it is; return the model."""
+    """Replace each module that is a key of new by its value; return the model."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in new:
@@ -345,7 +364,7 @@ def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
         for name in linears:
             parent = modules[name.rpartition(".")[0]]
             if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-                raise ValueError(f"{name}: its parent may bypass its forward")
+                raise ValueError(f"{name}: the module around it may bypass its forward")
             bases[name] = modules[name]
     model = _replace(model, {base: layer(base, **arguments) for base in bases.values()})
     adapter = _adapter(model)
@@ -357,7 +376,7 @@ def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
 
 @contextmanager
 def hook_gates(model, f):
-    """Context manager: f(name, w) gets each router's w (..., n), and may return another.
+    """Context manager: f(name, w) gets each router's w (..., n), and may return other gates.
 
     `lambda name, w: 0 * w` turns the adapters off. Entry and exit reset torch.compiler for
     the whole process, since compiled code does not notice hooks.
@@ -393,8 +412,8 @@ def record_gates(model):
 def mean_gates(model, batches):
     """The mean w over all tokens of calibration inputs, in eval mode: dict name -> (n,).
 
-    batches: a list of tensors, or of dicts of keyword arguments, without padding.
-    **Merging with mean gates can ruin the model**, since w varies.
+    batches: tensors, or dicts of keyword arguments, without padding. **Merging with mean
+    gates can ruin the model**, since w varies.
     """
     total = dict.fromkeys(hydralora_layers(model), 0)
     count = dict.fromkeys(total, 0)
@@ -460,7 +479,7 @@ def load_hydralora_state_dict(model, state):
 def from_official_state_dict(state):
     """Convert official keys: NAME.lora_A.weight, lora_B0.weight ..., lora_route.weight.
 
-    PEFT's prefix is allowed. lora_alpha is not stored: inject with that run's value.
+    PEFT's prefix is allowed. lora_alpha is not stored: inject with the value used in training.
     """
     rest = {key.removeprefix("base_model.model."): t for key, t in state.items()}
     ours, end = {}, ".lora_route.weight"
@@ -475,9 +494,10 @@ def from_official_state_dict(state):
 
 
 def export_lora(model, gates):
-    """A LoRA for PEFT, (state, config), for fixed gates, given as for merge_hydralora.
+    """(state, config): a LoRA for PEFT with fixed gates, given as in merge_hydralora.
 
-    Save them as adapter_model.safetensors and adapter_config.json. A smaller r is padded.
+    Save them as adapter_model.safetensors (or .bin) and adapter_config.json. Layers of
+    smaller r are padded.
     AutoPeft classes need task_type and base_model_name_or_path in config. In many MoE
     models, PEFT 0.20+ mistakes gate_proj, up_proj and down_proj for fused experts and
     loads nothing: merge instead.
