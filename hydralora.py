@@ -19,25 +19,25 @@ NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are trained:
     N      num_heads                number of heads, written n in shapes
     Wg     router.weight  (n, k)    Eq. 4's Wg^T, as nn.Linear stores a weight
     w      w, gates       (..., n)  mixture weights for each token, or (n,) if fixed
-           delta          (..., d)  the update s sum_i w_i B_i A x; for s, see [4]
+           delta          (..., d)  the update s sum_i w_i B_i A x, with s = scaling [4]
 
 Why a router, and not a larger rank: with the same w for all tokens, (3) is one LoRA of
 rank r, with B = sum_i w_i B_i, for any N. With a router, w varies, and the update
 s [B_1 ... B_N] kron(w, A x), where kron stacks w_1 A x, ..., w_N A x, is not linear in x.
-Over all tokens, the updates can span up to N r dimensions. Those of a LoRA of rank N r
-can, too, but it applies one matrix to all tokens.
+Over all tokens, the updates can span up to N r dimensions. A LoRA of rank N r spans as
+many, but by one matrix for all tokens, and with N times as many rows of A.
 
 Why A is shared, and not B: with one A, all heads read the same r features of x, but the
 updates can span N r dimensions of y. With one B, the heads would read N r features, but
 the updates would span only r dimensions. The paper shares A "to improve parameter
-efficiency" (2.3): in LoRAs that were trained apart, the A "tend to converge", but not the
-B (Observation II). It posits "an artifact of the initialization schemes" (A is random, B
-zero), by which A comes to hold what domains share.
+efficiency" (2.3): in LoRAs that were trained apart, the matrices A "tend to converge",
+but not the B (Observation II). It posits "an artifact of the initialization schemes" (A
+starts out random, B zero), so that A holds what domains share.
 
 Why the heads become different: they start out equal, with B_i = 0. So in the first step,
 the gradients of A and Wg are zero, and those of the heads differ only in w_i. The random
-Wg is what makes the heads different: if its rows were equal, the heads would stay equal,
-but for rounding [5].
+Wg is what makes the heads different: with equal rows, the heads would stay equal, up to
+rounding, which AdamW amplifies. Dropout would not part them here [5].
 
 Why the heads specialise: with g = dL/dy for one token, and w = softmax(l),
 
@@ -46,9 +46,9 @@ Why the heads specialise: with g = dL/dy for one token, and w = softmax(l),
     dL/dl_i = w_i (dL/dw_i - sum_j w_j dL/dw_j)    how head i compares with the mixture
 
 So where a head does better than the mixture, its logit grows, as far as x tells those
-tokens apart, and it learns more from them: a random preference feeds itself. But a head
-whose weight is near zero for all tokens gets almost no gradient, and may stay unused [6].
-(AdamW can revive it, since it divides by the gradient's size.)
+tokens apart, and the head learns more from them: a random preference feeds itself. But a
+head whose weight is near zero for all tokens gets almost no gradient, and may stay unused
+[6]. (AdamW divides by the gradient's size, and can revive a head.)
 
 Choices where the paper is silent or the official code differs. L339 is line 339 of
 https://github.com/Clin0212/HydraLoRA/blob/afb693b/HydraLoRA/peft/tuners/lora.py,
@@ -58,20 +58,20 @@ and the script is HydraLoRA/fine-tuning.sh in that repository.
         (r, N), which would fit A x. For LoRA MoE, Appendix A.2 has (d_m, n), which fits x.
     [2] The router has no bias (L279) and Kaiming-uniform init (L299), like A (L295).
     [3] The adapter is float32, or float64 for a float64 base; the script's is bf16. The
-        softmax is at least float32 (L339): bf16 would round w_i near 1 to 1, which makes
-        the factor 1 - w_i in dL/dl_i zero.
+        softmax is at least float32 (L339): bf16 would round w_i near 1 to 1, and dL/dl_i
+        lose w_i (1 - w_i) dL/dw_i.
     [4] The update is scaled by s = lora_alpha / r (L284, L342): here 16 / 8, in the script
         32 / 4. The paper has no such factor.
     [5] All heads share one dropout mask, on A's input; the router sees x without dropout
-        (L339). L342 draws a mask for each head, and these alone would make heads different.
-        The paper has no dropout.
-    [6] Only y is returned. L347 also returns "blcls", it seems a balance loss, but always 0
-        (L344). The paper has no loss that keeps all heads in use.
+        (L339). L342 draws a mask for each head, which alone makes heads different. The
+        paper has no dropout.
+    [6] Only y is returned. L347 also returns "blcls", it seems a balance loss, which is
+        always 0 (L344). The paper has no loss that keeps all heads in use.
     [7] The caller picks the layers. The script, and an author in issue 26, adapt gate_proj,
-        up_proj and down_proj. The LoRAs of Fig. 3 are on q_proj and v_proj, which fits
-        HydraLoRA's 0.124% of parameters (Table 2), with the routers not counted.
-    [8] Merging uses one w, from the caller, for all tokens. The paper merges "based on the
-        input" (3.2.2), which we read as: for each token.
+        up_proj and down_proj. But the LoRAs of Fig. 3 are on q_proj and v_proj, and
+        HydraLoRA's 0.124% of parameters (Table 2) fits these, with no router counted.
+    [8] Merging uses one w, from the caller, for all tokens; `merge` says what it loses. The
+        paper merges "based on the input" (3.2.2), which we read as: for each token.
     [9] k-means only chooses N, as the official README says. It initialises no head, though
         Appendix B is headed "Initialization via k-means". The script sets 4 heads.
 
@@ -145,14 +145,14 @@ class HydraLoRALinear(nn.Module):
 
     def reset_parameters(self):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)  # the update starts at zero
+        nn.init.zeros_(self.lora_B)
 
     def router_input(self, x):
         """The router's input (..., k), here x. A variant may return A x, for Wg (n, r) [1]."""
         return x
 
     def forward(self, x):
-        """Eqs. 3 and 4, L336-347: x (..., k) -> y (..., d).
+        """Eqs. 3 and 4: x (..., k) -> y (..., d).
 
         einsum forms kron(w, z) first, so that all heads take one matrix product.
         """
@@ -192,7 +192,7 @@ class HydraLoRALinear(nn.Module):
         """Eq. 2: a copy of base with the weight W0 + s sum_i gates_i B_i A.
 
         Exact, up to rounding, for tokens whose w equals gates (n,). For others, y is off by
-        s sum_i (gates_i - w_i) B_i A x. TypeError if base is not a plain nn.Linear.
+        s sum_i (gates_i - w_i) B_i A x.
         """
         if not _is_plain_linear(self.base):
             raise TypeError("base must be a plain nn.Linear: not quantised, meta, parametrized or "
@@ -324,7 +324,6 @@ class TinyTransformer(nn.Module):
 
 
 # ---- On a model ----
-# This section and the next are not from the paper.
 def hydralora_layers(model):
     """The HydraLoRA layers: dict name -> HydraLoRALinear."""
     return {name: m for name, m in model.named_modules() if isinstance(m, HydraLoRALinear)}
@@ -497,10 +496,9 @@ def export_lora(model, gates):
     """(state, config): a LoRA for PEFT with fixed gates, given as in merge_hydralora.
 
     Save them as adapter_model.safetensors (or .bin) and adapter_config.json. Layers of
-    smaller r are padded.
-    AutoPeft classes need task_type and base_model_name_or_path in config. In many MoE
-    models, PEFT 0.20+ mistakes gate_proj, up_proj and down_proj for fused experts and
-    loads nothing: merge instead.
+    smaller r are padded. AutoPeft classes need task_type and base_model_name_or_path in
+    config. In many MoE models, PEFT 0.20+ mistakes gate_proj, up_proj and down_proj for
+    fused experts and loads nothing: merge instead.
     """
     hydralora_state_dict(model)  # refuses what is on meta or sharded
     loras = {name: layer.to_lora(gates[name] if isinstance(gates, dict) else gates)
