@@ -217,7 +217,7 @@ def methods(n=DOMAINS):
     down_proj = dict(target="layers.1.down_proj", partner="HydraLoRA on down_proj", lr=0.08)
     return {
         "LoRA": Method(r=lora_rank, lr=0.08),
-        "LoRA, full rank": Method(r=MODEL.hidden_size, lr=0.08),  # larger
+        "LoRA, full rank": Method(r=MODEL.hidden_size, lr=0.08),
         "LoRA with a ReLU": Method(r=lora_rank, layer=ReLULoRA),
         "HydraLoRA without router": Method(n, gates=equal_gates),  # Fig. 6, w/o gate
         "LoRA MoE": Method(n, experts_rank, LoRAExperts),
@@ -315,7 +315,7 @@ def ablate_heads(model, data, n):
 
 
 def examples(data, answers, heads):
-    """A sequence of each domain: plaintext, answer (* is an error), likeliest head."""
+    """A sequence of each domain: plaintext, answer (* before an error), head."""
     shown = []
     for domain in range(DOMAINS):
         i = data.domain.tolist().index(domain)
@@ -348,7 +348,7 @@ def look_inside(model, data):
 
 
 def print_inside(examples, gates, lost, nmi, nmi_by_domain, symbols):
-    print("   A sequence of each domain, its answer (* is an error), likeliest head:\n")
+    print("   A sequence of each domain, its answer (* before an error), likeliest head:\n")
     for i, shown in enumerate(examples):
         print(f"   domain {i} {shown['plaintext']}\n   answer   {shown['answer']}\n"
               f"   head     {shown['head']}\n")
@@ -403,7 +403,7 @@ MERGED = """   not merged              {:6.1f}%
 
 def experiment(seed, device, heads=None, auxiliary_weight=AUXILIARY_WEIGHT, names=MAIN_RUN):
     """The run on one seed. names: the methods, with LoRA and HydraLoRA among them."""
-    print(f"HydraLoRA on {DOMAINS} hidden domains: seed {seed}, {device}")
+    print(f"HydraLoRA on {DOMAINS} hidden domains, each with a cipher: seed {seed}, {device}")
     print("\n1. How many heads?\n")
     task = Task(seed, device)
     found, sse = num_heads_from_corpus(task.training.tokens[:600, :LENGTH].tolist())
@@ -415,7 +415,7 @@ def experiment(seed, device, heads=None, auxiliary_weight=AUXILIARY_WEIGHT, name
           f"   {'frozen model':28}", end="")
     frozen, floor = pretrain(task, auxiliary_weight), task.best_without_domain()
     before = accuracy(frozen, task.test).mean().item()
-    print(f"{before:30.1f}\n   {'best answers without the domain':72}{floor:6.1f}")
+    print(f"{before:30.1f}\n   {'floor: best answers without the domain':72}{floor:6.1f}")
     models, scores = {}, {}
     for name in names:
         print(f"   {name:28}", end="")
@@ -557,8 +557,8 @@ def main():
     add("--seed", type=int, default=0)
     add("--heads", type=int, help="number of heads (default: by k-means)")
     add("--auxiliary-weight", type=float, default=AUXILIARY_WEIGHT)
-    add("--check", action="store_true", help="exit with 1 if a check at the end fails")
-    add("--json", metavar="FILE", default=os.devnull, help="write the results to FILE")
+    add("--check", action="store_true", help="exit with 1 if a check fails")
+    add("--json", metavar="FILE", default=os.devnull, help="for the results")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: cuda if available")
     options = parser.parse_args()
