@@ -14,41 +14,52 @@ NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are trained:
     x      x              (..., k)  input, any leading axes, such as (b, t)
     W0     base.weight    (d, k)    frozen weight, from k features to d
     A      lora_A         (r, k)    shared by all heads; Kaiming-uniform init
-    A x    z              (..., r)  what every head reads
+    A x    z              (..., r)  the input of every head
     B_i    lora_B[i]      (d, r)    a head, the paper's expert E_i; zero init
     N      num_heads                number of heads, written n in shapes
-    Wg     router.weight  (n, k)    Eq. 4's Wg^T, as nn.Linear stores a weight
-    w      w, gates       (..., n)  mixture weights for each token, or (n,) if fixed
+    Wg     router.weight  (n, k)    the paper's Wg^T, as nn.Linear stores a weight
+    w      w, gates       (..., n)  one gate per head, for each token; (n,) if fixed
            delta          (..., d)  the update s sum_i w_i B_i A x, with s = scaling [4]
 
-Why a router, and not a larger rank: with the same w for all tokens, (3) is one LoRA of
-rank r, with B = sum_i w_i B_i, for any N. With a router, w varies, and the update
-s [B_1 ... B_N] kron(w, A x), where kron stacks w_1 A x, ..., w_N A x, is not linear in x.
-Over all tokens, the updates can span up to N r dimensions. A LoRA of rank N r spans as
-many, but by one matrix for all tokens, and with N times as many rows of A.
+The sections "The layer" and "Choosing N" are to be read beside the paper. The numbers [1]
+to [9] refer to the choices below.
+
+Why a router, and not a larger rank: if w were the same for all tokens, (3) would be one
+LoRA of rank r, with B = sum_i w_i B_i, for any N. With a router, w differs from token to
+token. The update is s [B_1 ... B_N] kron(w, A x), where kron stacks the vectors w_1 A x,
+..., w_N A x. This update is not linear in x. Over all tokens, the updates can span up to
+N r dimensions. A LoRA of rank N r can span as many, but it applies one matrix to all
+tokens, and its A has N times as many rows.
 
 Why A is shared, and not B: with one A, all heads read the same r features of x, but the
-updates can span N r dimensions of y. With one B, the heads would read N r features, but
-the updates would span only r dimensions. The paper shares A "to improve parameter
-efficiency" (2.3): in LoRAs that were trained apart, the matrices A "tend to converge",
-but not the B (Observation II). It posits "an artifact of the initialization schemes" (A
-starts out random, B zero), so that A holds what domains share.
+updates can span N r dimensions of y. With one B, the N matrices A_i would read N r
+features, but the updates would span only r dimensions. The paper shares A "to improve
+parameter efficiency" (2.3): in LoRAs that were trained separately, the matrices A "tend to
+converge", but the matrices B do not (Observation II). The paper posits that this is "an
+artifact of the initialization schemes" (A starts out random, B zero), and that A captures
+what domains share.
 
 Why the heads become different: they start out equal, with B_i = 0. So in the first step,
-the gradients of A and Wg are zero, and those of the heads differ only in w_i. The random
-Wg is what makes the heads different: with equal rows, the heads would stay equal, up to
-rounding, which AdamW amplifies. Dropout would not part them here [5].
+the gradients of A and Wg are zero, and those of the heads differ only through w_i. The
+w_i differ because Wg is random. If the rows of Wg were equal, the heads would stay equal,
+apart from rounding errors, which AdamW may amplify.
 
-Why the heads specialise: with g = dL/dy for one token, and w = softmax(l),
+Why the heads specialise: let g = dL/dy for one token, and w = softmax(l). Then
 
     dL/dB_i = s w_i g (A x)^T    head i learns from each token in proportion to w_i
     dL/dw_i = s g . B_i A x      negative if more of head i would lower the loss
     dL/dl_i = w_i (dL/dw_i - sum_j w_j dL/dw_j)    how head i compares with the mixture
 
-So where a head does better than the mixture, its logit grows, as far as x tells those
-tokens apart, and the head learns more from them: a random preference feeds itself. But a
-head whose weight is near zero for all tokens gets almost no gradient, and may stay unused
-[6]. (AdamW divides by the gradient's size, and can revive a head.)
+On tokens where a head does better than the mixture of all heads, its logit l_i grows, if
+x shows which tokens these are. Then its gate w_i is larger there, and the head learns
+more from these tokens. In this way, a small random preference grows. In train_toy.py, this
+happens in a few steps, before anything is learnt. So specialised heads are no sign of a
+good fit.
+
+A head whose gate is near zero for all tokens gets almost no gradient, and may stay
+unused [6]. AdamW divides each gradient by its recent size plus eps (1e-8 by default). So
+even a small gradient makes a step of full size, and can revive the head, unless it is much
+smaller than eps.
 
 Choices where the paper is silent or the official code differs. L339 is line 339 of
 https://github.com/Clin0212/HydraLoRA/blob/afb693b/HydraLoRA/peft/tuners/lora.py,
@@ -57,25 +68,22 @@ and the script is HydraLoRA/fine-tuning.sh in that repository.
     [1] The router reads x, as in the paper's text and L339. But the paper prints Wg as
         (r, N), which would fit A x. For LoRA MoE, Appendix A.2 has (d_m, n), which fits x.
     [2] The router has no bias (L279) and Kaiming-uniform init (L299), like A (L295).
-    [3] The adapter is float32, or float64 for a float64 base; the script's is bf16. The
-        softmax is at least float32 (L339): bf16 would round w_i near 1 to 1, and dL/dl_i
-        lose w_i (1 - w_i) dL/dw_i.
+    [3] The adapter is float32, or float64 if the base is; in the script, it is bf16. The
+        softmax is computed in float32 or better (L339). In bf16, a w_i near 1 would be
+        rounded to 1, and its derivative w_i (1 - w_i) to 0.
     [4] The update is scaled by s = lora_alpha / r (L284, L342): here 16 / 8, in the script
         32 / 4. The paper has no such factor.
-    [5] All heads share one dropout mask, on A's input; the router sees x without dropout
-        (L339). L342 draws a mask for each head, which alone makes heads different. The
-        paper has no dropout.
-    [6] Only y is returned. L347 also returns "blcls", it seems a balance loss, which is
-        always 0 (L344). The paper has no loss that keeps all heads in use.
-    [7] The caller picks the layers. The script, and an author in issue 26, adapt gate_proj,
-        up_proj and down_proj. But the LoRAs of Fig. 3 are on q_proj and v_proj, and
-        HydraLoRA's 0.124% of parameters (Table 2) fits these, with no router counted.
-    [8] Merging uses one w, from the caller, for all tokens; `merge` says what it loses. The
-        paper merges "based on the input" (3.2.2), which we read as: for each token.
-    [9] k-means only chooses N, as the official README says. It initialises no head, though
-        Appendix B is headed "Initialization via k-means". The script sets 4 heads.
-
-To read this file beside the paper, stop at "A tiny transformer".
+    [5] All heads share one dropout mask, on A's input. The router sees x without dropout
+        (L339). L342 draws a mask for each head, and this is enough to make heads
+        different. The paper has no dropout.
+    [6] Only y is returned. L347 also returns "blcls". The official model adds it to the
+        loss, but it is always 0 (L344). A balance loss, cv_squared (L315), is never called.
+        The paper has no loss that keeps all heads in use.
+    [7] The caller picks the layers. The script adapts gate_proj, up_proj and down_proj. The
+        paper names only q_proj and v_proj (Fig. 3).
+    [8] Merging uses one w for all tokens, which the caller chooses. The paper merges "based
+        on the input" (3.2.2). We read this as: for each token.
+    [9] k-means only chooses N, as the official README says. It initialises no head.
 """
 import copy
 import math
@@ -88,7 +96,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__version__ = "0.9.0"
+__version__ = "0.10.0"
 
 
 # ---- The layer ----
@@ -105,15 +113,14 @@ class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
 
     def forward(self, x):
         logits = F.linear(x, self.weight)  # (..., n)
-        high = torch.promote_types(logits.dtype, torch.float32)
-        return logits.softmax(-1, dtype=high).to(logits.dtype)  # (..., n) [3]
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return logits.softmax(-1, dtype=dtype).to(logits.dtype)  # (..., n) [3]
 
 
 class HydraLoRALinear(nn.Module):
     """A frozen nn.Linear, base (d, k), with a HydraLoRA update: x (..., k) -> y (..., d).
 
     num_heads: N. r: the rank of A and of each B_i. lora_alpha: scaling = lora_alpha / r.
-    lora_dropout: a probability.
 
     Example: with W0 the identity, bias (10, 20), A = (1, 1), B_1 = (1, 2), B_2 = (5, -2),
     Wg = ((ln 3, 0), (0, 0)) and scaling 2:
@@ -121,6 +128,7 @@ class HydraLoRALinear(nn.Module):
         x = (1, 2):  W0 x + bias = (11, 22),  A x = 3,  w = softmax(ln 3, 0) = (3/4, 1/4)
         y = (11, 22) + 2 (3/4 (3, 6) + 1/4 (15, -6)) = (23, 28)
     """
+    router_class = Router  # a subclass may name another
 
     def __init__(self, base, *, num_heads=3, r=8, lora_alpha=16, lora_dropout=0.0):
         if not isinstance(base, nn.Linear):
@@ -129,17 +137,18 @@ class HydraLoRALinear(nn.Module):
             raise ValueError(f"num_heads and r must be 1 or more, got {num_heads}, {r}")
         super().__init__()
         k, d = base.in_features, base.out_features
-        self.in_features, self.out_features = k, d
+        self.in_features = k
+        self.out_features = d
         self.num_heads = num_heads
         self.r = r
         self.scaling = lora_alpha / r  # [4]
         dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32  # [3]
-        like = dict(device=base.weight.device, dtype=dtype)
-        self.lora_A = nn.Parameter(torch.empty(r, k, **like))
-        self.lora_B = nn.Parameter(torch.empty(num_heads, d, r, **like))
+        options = dict(device=base.weight.device, dtype=dtype)
+        self.lora_A = nn.Parameter(torch.empty(r, k, **options))
+        self.lora_B = nn.Parameter(torch.empty(num_heads, d, r, **options))
         self.lora_dropout = nn.Dropout(lora_dropout)
         self.reset_parameters()
-        self.router = Router(k, num_heads, **like)
+        self.router = self.router_class(k, num_heads, **options)
         self.base = base.requires_grad_(False)  # W0 and bias
         self.train(base.training)
 
@@ -148,14 +157,11 @@ class HydraLoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B)
 
     def router_input(self, x):
-        """The router's input (..., k), here x. A variant may return A x, for Wg (n, r) [1]."""
+        """The router's input (..., k), here x. For A x, a variant needs a Wg (n, r) [1]."""
         return x
 
     def forward(self, x):
-        """Eqs. 3 and 4: x (..., k) -> y (..., d).
-
-        einsum forms kron(w, z) first, so that all heads take one matrix product.
-        """
+        """Eqs. 3 and 4: x (..., k) -> y (..., d). einsum first computes kron(w, z)."""
         y = self.base(x)                                 # (..., d), W0 x + bias
         x = x.to(self.lora_A.dtype)
         w = self.router(self.router_input(x))            # (..., n), Eq. 4
@@ -173,14 +179,12 @@ class HydraLoRALinear(nn.Module):
     # Merging, with one w for all tokens [8].
     @torch.no_grad()
     def to_lora(self, gates):
-        """The LoRA of Eq. 1 for fixed gates (n,): A (r, k) and B = s sum_i gates_i B_i (d, r).
-
-        B_i A x is linear in B_i, so mixing the B_i mixes the outputs (3.2.2).
-        """
+        """The LoRA of Eq. 1 for fixed gates (n,): A (r, k) and B = s sum_i gates_i B_i (d, r)."""
         if type(self).forward is not HydraLoRALinear.forward:
             raise TypeError(f"{type(self).__name__} overrides forward: it needs its own to_lora")
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        A, heads = self.lora_A.to(dtype, copy=True), self.lora_B.to(dtype)
+        A = self.lora_A.to(dtype, copy=True)
+        heads = self.lora_B.to(dtype)
         gates = torch.as_tensor(gates).to(heads)
         if gates.shape != (self.num_heads,):
             raise ValueError(f"gates must be {self.num_heads} numbers, got {gates}")
@@ -213,56 +217,6 @@ def _is_plain_linear(base):
     return (base.forward == nn.Linear.forward.__get__(base)  # not overridden
             and not base._forward_hooks and not base._forward_pre_hooks
             and type(W0) is nn.Parameter and not W0.is_meta and W0.dtype.itemsize > 1)
-
-
-# ---- Choosing N, Appendix B ----
-def tf_idf(texts):
-    """X (documents, terms), with scikit-learn's smoothed idf and rows of norm 1."""
-    counts = [Counter(text) for text in texts]
-    terms = sorted(set().union(*counts))
-    X = torch.tensor([[float(count[term]) for term in terms] for count in counts])
-    X *= 1 + torch.log((1 + len(X)) / (1 + (X > 0).sum(0)))  # rare terms weigh more
-    return F.normalize(X)
-
-
-def sse_curve(X, max_centres):
-    """The SSE of k-means, sum_i min_j |X_i - C_j|^2, for 1, ..., max_centres centres C_j.
-
-    The paper starts from random centres. This is fast global k-means (Likas et al., 2003):
-    to the n - 1 centres found, it adds the document that lowers the SSE most.
-    """
-    between = torch.cdist(X, X).square()  # (documents, documents)
-    C = X.mean(0, keepdim=True)           # (1, terms)
-    sse = []
-    for n in range(1, max_centres + 1):
-        for _ in range(10):  # close to convergence
-            squared, owner = torch.cdist(X, C).square().min(1)  # (documents,), Eq. 7
-            S = F.one_hot(owner, n).to(X)                       # (documents, n)
-            size = S.sum(0)[:, None]                            # (n, 1)
-            C = torch.where(size > 0, S.T @ X / size, C)        # (n, terms), Eq. 8
-        sse.append(squared.sum().item())
-        gain = (squared[:, None] - between).clamp_min(0).sum(0)  # (documents,)
-        C = torch.cat([C, X[gain.argmax()][None]])               # (n + 1, terms)
-    return sse
-
-
-def num_heads_from_corpus(documents, max_heads=10):
-    """Appendix B: N from the corpus, by TF-IDF, k-means and the elbow of the SSE curve [9].
-
-    documents: a few hundred strings (split at spaces), or token sequences without padding.
-    Returns n >= 2, and the SSE of 1, ..., max_heads centres.
-
-    At the elbow, "the rate of decrease in SSE slows down". Our rule: n maximises
-    (SSE_{n-1} - SSE_n) / (SSE_n - SSE_{n+1}). This finds domains that differ in vocabulary.
-    But even a single domain's curve has an elbow: check that the SSE drops.
-    """
-    if isinstance(documents, str):
-        raise TypeError("documents must be a list, got one string")
-    texts = [d.split() if isinstance(d, str) else [*map(str, d)] for d in documents]
-    sse = sse_curve(tf_idf([text for text in texts if text]), max_heads + 1)
-    gains = -torch.tensor(sse).diff()  # SSE_{n-1} - SSE_n for n = 2, ..., max_heads + 1
-    next_gains = gains[1:].clamp_min(1e-5 * sse[0])  # less is rounding
-    return 2 + (gains[:-1] / next_gains).argmax().item(), sse[:max_heads]
 
 
 # ---- A tiny transformer with Llama's projection names ----
@@ -336,6 +290,23 @@ def _require_layers(model):
     return layers
 
 
+def _require_names(what, given, right):
+    missing = right.keys() - given.keys()
+    unknown = given.keys() - right.keys()
+    problems = [f"{len(names)} {kind}, first {min(names)!r}"
+                for kind, names in [("missing", missing), ("unknown", unknown)] if names]
+    if problems:
+        raise ValueError(f"names in {what}: {'; '.join(problems)}")
+
+
+def _with_gates(model, gates):
+    layers = _require_layers(model)
+    if not isinstance(gates, dict):
+        gates = dict.fromkeys(layers, gates)
+    _require_names("gates", gates, layers)
+    return [(name, layer, gates[name]) for name, layer in layers.items()]
+
+
 def _replace(model, new):
     """Replace each module that is a key of new by its value; return the model."""
     for parent in list(model.modules()):
@@ -352,8 +323,13 @@ def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
     its name is a target or ends in "." + target. layer: HydraLoRALinear or a subclass,
     called as layer(base, **arguments). A second call adapts more layers. Fused MoE experts
     are not nn.Linear layers, and are skipped.
+
+    All other parameters are frozen, those of a new output layer too. If you train some of
+    them, save them yourself: hydralora_state_dict holds the adapters alone. Quantise the
+    model before injecting.
     """
-    modules, bases = dict(model.named_modules()), {}
+    modules = dict(model.named_modules())
+    bases = {}
     for target in [target_modules] if isinstance(target_modules, str) else target_modules:
         names = [name for name in modules if f".{name}".endswith(f".{target}")]
         linears = [name for name in names if isinstance(modules[name], nn.Linear)]
@@ -365,7 +341,8 @@ def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
             if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
                 raise ValueError(f"{name}: the module around it may bypass its forward")
             bases[name] = modules[name]
-    model = _replace(model, {base: layer(base, **arguments) for base in bases.values()})
+    model = _replace(model, {base: layer(base, **arguments).train(base.training)
+                             for base in bases.values()})
     adapter = _adapter(model)
     for name, p in model.named_parameters():
         if name not in adapter:
@@ -373,30 +350,42 @@ def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
     return model
 
 
+def _reset_compiler():
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
+        torch.compiler.reset()
+
+
 @contextmanager
 def hook_gates(model, f):
     """Context manager: f(name, w) gets each router's w (..., n), and may return other gates.
 
-    `lambda name, w: 0 * w` turns the adapters off. Entry and exit reset torch.compiler for
-    the whole process, since compiled code does not notice hooks.
+    `lambda name, w: 0 * w` turns the adapters off. `gates.__setitem__` collects w in a
+    dict, for a loss on gates. Entry and exit reset torch.compiler for the whole process,
+    since compiled code does not notice hooks.
+
+    Activation checkpointing runs the forward again during the backward. If f changes gates,
+    run the backward inside the context. If it runs after the context, use_reentrant=True
+    gives **silently wrong gradients**, and use_reentrant=False raises an error, unless the
+    router is frozen and x needs no gradient. A loss on gates needs use_reentrant=False.
     """
     layers = _require_layers(model)
     if len({layer.router for layer in layers.values()}) < len(layers):
         raise ValueError("layers share a router: hooks cannot tell them apart")
 
-    def reset_compiler():
-        if "torch._dynamo" in sys.modules:  # importing it takes seconds
-            torch.compiler.reset()
+    def call(name, w):
+        w = f(name, w)
+        # autograd saves the 1, and checkpointing (use_reentrant=False) notices if it is missing
+        return None if w is None else w * w.new_ones(())
 
-    hooks = [layer.router.register_forward_hook(lambda router, x, w, name=name: f(name, w))
+    hooks = [layer.router.register_forward_hook(lambda router, x, w, name=name: call(name, w))
              for name, layer in layers.items()]
     try:
-        reset_compiler()
+        _reset_compiler()
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        reset_compiler()
+        _reset_compiler()
 
 
 @contextmanager
@@ -442,9 +431,8 @@ def merge_hydralora(model, gates):
     gates: one (n,) for all layers, or a dict name -> (n,), as from mean_gates. Zeros drop the
     adapters. Returns the model; to keep the adapters, merge a copy.deepcopy of it.
     """
-    return _replace(model, {
-        layer: layer.merge(gates[name] if isinstance(gates, dict) else gates)
-        for name, layer in _require_layers(model).items()})
+    layers = _with_gates(model, gates)
+    return _replace(model, {layer: layer.merge(w) for _, layer, w in layers})
 
 
 # ---- Files ----
@@ -461,16 +449,15 @@ def hydralora_state_dict(model):
     state = _adapter(model)
     for key, t in state.items():
         if type(t) is not torch.Tensor or t.is_meta:
-            raise ValueError(f"{key} is on meta or sharded (for FSDP2: get_model_state_dict and "
-                             "set_model_state_dict, with full_state_dict=True)")
+            raise ValueError(f"{key} is on meta or sharded (for FSDP2, full_state_dict=True: "
+                             "get_model_state_dict with ignore_frozen_params=True, "
+                             "set_model_state_dict with strict=False)")
     return state
 
 
 def load_hydralora_state_dict(model, state):
     """Copy the adapter into the model, and return the model. ValueError if keys differ."""
-    wrong = hydralora_state_dict(model).keys() ^ state.keys()
-    if wrong:
-        raise ValueError(f"{len(wrong)} keys differ between model and state: {min(wrong)}, ...")
+    _require_names("state", state, hydralora_state_dict(model))
     model.load_state_dict(state, strict=False)  # without the base
     return model
 
@@ -481,7 +468,8 @@ def from_official_state_dict(state):
     PEFT's prefix is allowed. lora_alpha is not stored: inject with the value used in training.
     """
     rest = {key.removeprefix("base_model.model."): t for key, t in state.items()}
-    ours, end = {}, ".lora_route.weight"
+    ours = {}
+    end = ".lora_route.weight"
     for name in [key.removesuffix(end) for key in rest if key.endswith(end)]:
         Wg = rest.pop(name + end)  # (n, k)
         B = [rest.pop(f"{name}.lora_B{i}.weight") for i in range(len(Wg))]  # each (d, r)
@@ -495,21 +483,70 @@ def from_official_state_dict(state):
 def export_lora(model, gates):
     """(state, config): a LoRA for PEFT with fixed gates, given as in merge_hydralora.
 
-    Save them as adapter_model.safetensors (or .bin) and adapter_config.json. Layers of
-    smaller r are padded. AutoPeft classes need task_type and base_model_name_or_path in
-    config. In many MoE models, PEFT 0.20+ mistakes gate_proj, up_proj and down_proj for
-    fused experts and loads nothing: merge instead.
+    Save them as adapter_model.safetensors (or .bin) and adapter_config.json. In many MoE
+    models, PEFT 0.20+ mistakes gate_proj, up_proj and down_proj for fused experts. It then
+    drops some of their LoRAs, with a warning about missing keys: merge instead.
     """
     hydralora_state_dict(model)  # refuses what is on meta or sharded
-    loras = {name: layer.to_lora(gates[name] if isinstance(gates, dict) else gates)
-             for name, layer in hydralora_layers(model).items()}
+    loras = {name: layer.to_lora(w) for name, layer, w in _with_gates(model, gates)}
     if "" in loras:
         raise ValueError("PEFT needs a name for each layer: export the model around it")
     r = max(len(A) for A, _ in loras.values())
     state = {}
     for name, (A, B) in loras.items():
-        prefix, pad = f"base_model.model.{name}", r - len(A)
+        prefix = f"base_model.model.{name}"
+        pad = r - len(A)
         state[f"{prefix}.lora_A.weight"] = F.pad(A, (0, 0, 0, pad))  # (r, k)
         state[f"{prefix}.lora_B.weight"] = F.pad(B, (0, pad))        # (d, r)
     config = dict(peft_type="LORA", target_modules=[*loras], r=r, lora_alpha=r)
     return state, config  # PEFT scales by lora_alpha / r = 1
+
+
+# ---- Choosing N, Appendix B ----
+def tf_idf(texts):
+    """X (documents, terms), with scikit-learn's smoothed idf and rows of norm 1."""
+    counts = [Counter(text) for text in texts]
+    terms = sorted(set().union(*counts))
+    X = torch.tensor([[float(count[term]) for term in terms] for count in counts])
+    X *= 1 + torch.log((1 + len(X)) / (1 + (X > 0).sum(0)))  # rare terms weigh more
+    return F.normalize(X)
+
+
+def sse_curve(X, max_centres):
+    """The SSE of k-means, sum_i min_j |X_i - C_j|^2, for 1, ..., max_centres centres C_j.
+
+    The paper starts from random centres. We use fast global k-means (Likas et al., 2003):
+    it adds to the n - 1 centres found before the document that lowers the SSE most.
+    """
+    between = torch.cdist(X, X).square()  # (documents, documents)
+    C = X.mean(0, keepdim=True)           # (1, terms)
+    sse = []
+    for n in range(1, max_centres + 1):
+        for _ in range(10):  # close to convergence
+            squared, owner = torch.cdist(X, C).square().min(1)  # (documents,), Eq. 7
+            S = F.one_hot(owner, n).to(X)                       # (documents, n)
+            size = S.sum(0)[:, None]                            # (n, 1)
+            C = torch.where(size > 0, S.T @ X / size, C)        # (n, terms), Eq. 8
+        sse.append(squared.sum().item())
+        gain = (squared[:, None] - between).clamp_min(0).sum(0)  # (documents,)
+        C = torch.cat([C, X[gain.argmax()][None]])               # (n + 1, terms)
+    return sse
+
+
+def num_heads_from_corpus(documents, max_heads=10):
+    """Appendix B: N from the corpus, by TF-IDF, k-means and the elbow of the SSE curve [9].
+
+    documents: a few hundred strings (split at spaces), or token sequences without padding.
+    Returns n >= 2, even for a single domain, and the SSE of 1, ..., max_heads centres.
+
+    At the elbow, "the rate of decrease in SSE slows down". Our rule: n maximises
+    (SSE_{n-1} - SSE_n) / (SSE_n - SSE_{n+1}). It finds the domains if the documents of a
+    domain have most of their words in common. For real paragraphs, it is unreliable.
+    """
+    if isinstance(documents, str):
+        raise TypeError("documents must be a list, got one string")
+    texts = [d.split() if isinstance(d, str) else [*map(str, d)] for d in documents]
+    sse = sse_curve(tf_idf([text for text in texts if text]), max_heads + 1)
+    gains = -torch.tensor(sse).diff()  # SSE_{n-1} - SSE_n for n = 2, ..., max_heads + 1
+    next_gains = gains[1:].clamp_min(1e-5 * sse[0])  # less is rounding
+    return 2 + (gains[:-1] / next_gains).argmax().item(), sse[:max_heads]

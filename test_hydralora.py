@@ -1291,11 +1291,11 @@ def test_refused_merging_and_loading_change_nothing():
     model = adapted_model()
     logits, (*others, last) = model(IDS), hydralora_layers(model)
     for wrong in ({last: torch.ones(3)}, {last: torch.ones(33, N)}, {last: 1e39 * GATES}, {}):
-        with pytest.raises((ValueError, KeyError)):
+        with pytest.raises(ValueError):
             merge_hydralora(model, dict.fromkeys(others, GATES) | wrong)
     state = {key: 2 * t for key, t in hydralora_state_dict(model).items()}
     for wrong in (state | {"more": IDS}, dict([*state.items()][1:]), {}):
-        with pytest.raises(ValueError, match="keys differ"):
+        with pytest.raises(ValueError, match="names in state"):
             load_hydralora_state_dict(model, wrong)
     assert torch.equal(model(IDS), logits)
 
