@@ -7,22 +7,26 @@
     python train_toy.py --tune      the learning rates, ten seeds: 40 minutes on two cores
     python train_toy.py --cost      the time that the layer takes: a minute
 
-`experiment` shows the whole run. Sequences come from hidden domains, each with its own
-substitution cipher:
+--proportions 85 10 5 --heads 3 makes two domains rare (k-means would find two domains).
+The function `experiment` shows the whole run.
+
+Sequences come from hidden domains, each with its own substitution cipher:
 
     input:   d b d d a d ...  ? ? ? ? ? ? ...    plaintext, then as many question marks
     target:                   k f k k c k ...    the same symbols, enciphered
 
-A transformer learns one set of ciphers and is frozen. Adapters then learn new ciphers. The
-task is designed so that a router helps: each domain uses its own third of the symbols more
-often, which tells the domains apart. In pre-training, an auxiliary loss makes the first
-block predict the plaintext symbol, so that the last attention has only the domain left to
-find. The adapters are on its o_proj, whose input x is what it has found.
+A transformer learns one set of ciphers and is frozen. Adapters then learn new ciphers.
 
-Why a LoRA is not enough: a cipher pairs domain and symbol, as e may be b in one domain and
-m in another. But x is nearly a domain part plus a symbol part. B A x is again such a sum,
-and leaves the pairing to the frozen MLP behind it. A ReLU after A, or gates made from x,
-can pair domain and symbol in the update.
+The task is designed so that a router helps. Each domain uses its own third of the symbols
+more often, which tells the domains apart. In pre-training, an auxiliary loss makes the
+first block predict the plaintext symbol. So the attention of the last block only has to
+find out the domain. The adapters are on the o_proj of this attention. Their input x
+contains what it has found.
+
+Why a LoRA is not enough: the right answer depends on domain and symbol together. On seed
+0, for example, e becomes o in domain 0 and j in domain 1. But x is nearly a domain part
+plus a symbol part, and so B A x is such a sum too. Only the frozen MLP behind it can then
+combine the two. A ReLU after A, or gates made from x, combine them in the update itself.
 """
 import argparse
 import copy
@@ -33,7 +37,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import combinations
 from statistics import mean, median, stdev
 
 import torch
@@ -46,8 +49,8 @@ from hydralora import (
     mean_gates, merge_hydralora, num_heads_from_corpus, record_gates)
 
 # ---- Settings ----
-# README also has STEPS = 1600 and PREFERENCE = 1, both on seeds 940 to 942.
 DOMAINS = 3
+PROPORTIONS = [1] * DOMAINS  # how often each domain occurs
 SYMBOLS = 15  # 0 .. SYMBOLS - 1; the token SYMBOLS is the question mark
 PREFERENCE = 4  # how much more often a domain uses a symbol of its own third
 LENGTH = 32  # plaintext symbols in a sequence, enough to tell its domain
@@ -58,11 +61,11 @@ EVALUATION = 500  # test sequences
 AUXILIARY_WEIGHT = 2.0  # in pre-training; with 0, heads may follow symbols instead
 LETTERS = "abcdefghijklmno?"
 MODEL = TinyConfig(SYMBOLS + 1, 2 * LENGTH, num_attention_heads=8)
-RANK = 9  # r of HydraLoRA on o_proj: at equal size, LoRA MoE then has a whole rank, 6
-ROUTER_RATE = 8  # times that of A and B: then heads specialise from more starts
-MAIN_RUN = ("LoRA", "LoRA with a ReLU", "LoRA MoE", "HydraLoRA")
+RANK = 9  # r of HydraLoRA on o_proj; with 9, a LoRA MoE of equal size has an integer rank, 6
+MAIN_RUN = "LoRA", "LoRA with a ReLU", "HydraLoRA, random router", "LoRA MoE", "HydraLoRA"
+ROUTER_RATE = 8  # its learning rate / that of A and B; with 1, rare domains are learnt less
 TUNING_SEEDS = range(10)
-TABLE_SEEDS = range(920, 940)
+TABLE_SEEDS = range(960, 980)
 RATES = (0.02, 0.08, 0.16, 0.32)
 COST_SIZES = (2048, 1024, 8, 3), (2048, 1024, 8, 10), (512, 4096, 8, 3)  # tokens, width, r, n
 
@@ -81,8 +84,10 @@ class Data:
 class Task:
     """Old and new ciphers, and sequences drawn from them."""
 
-    def __init__(self, seed, device):
-        self.seed, self.device = seed, device
+    def __init__(self, seed, device, proportions=PROPORTIONS):
+        self.seed = seed
+        self.device = device
+        self.proportions = torch.tensor(proportions) / sum(proportions)
         own = torch.arange(SYMBOLS) % DOMAINS == torch.arange(DOMAINS)[:, None]
         self.frequencies = F.normalize(torch.where(own, PREFERENCE, 1.0), p=1)
         generator = torch.Generator().manual_seed(seed)
@@ -93,26 +98,29 @@ class Task:
 
     def sample(self, count, ciphers, stream):
         generator = torch.Generator().manual_seed(1000 * self.seed + stream)
-        domain = torch.randint(DOMAINS, (count,), generator=generator)
+        domain = self.proportions.multinomial(count, True, generator=generator)
         plain = self.frequencies[domain].multinomial(LENGTH, True, generator=generator)
         tokens = F.pad(plain, (0, LENGTH), value=SYMBOLS)
         targets = ciphers[domain[:, None], plain]
         return Data(tokens.to(self.device), targets.to(self.device), domain.to(self.device))
 
-    def best_without_domain(self):
-        """The floor: the accuracy of always giving each symbol's likeliest answer."""
+    def floor(self):
+        """The best accuracy without knowing the domain: each symbol's likeliest answer."""
         answers = F.one_hot(self.new, SYMBOLS) * self.frequencies[..., None]
-        return 100 * answers.mean(0).amax(-1).sum().item()  # of (domains, symbols, answers)
+        answers = torch.einsum("d,dsa->sa", self.proportions, answers)  # (symbols, answers)
+        return 100 * answers.amax(-1).sum().item()
 
 
 # ---- Training, and the frozen model ----
-def train(loss_of, groups, data):
-    """One pass over the data by AdamW, whose weight decay limits the update. groups:
-    dicts of lr and params, a list. Prints the losses."""
+def train(loss_of, model, lr, data):
+    """One pass over the data by AdamW. Prints the loss, loss_of(batch), every 100 steps."""
+    routers = [p for name, p in model.named_parameters() if "router" in name]
+    others = [p for name, p in model.named_parameters() if "router" not in name]
+    optimizer = torch.optim.AdamW(
+        [dict(params=others), dict(params=routers)], betas=(0.9, 0.95), weight_decay=0.1)
     steps = len(data.tokens) // BATCH
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [group["lr"] for group in groups], total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(  # cycle_momentum would overwrite betas
+        optimizer, [lr, ROUTER_RATE * lr], total_steps=steps, cycle_momentum=False)
     for step in range(steps):
         loss = loss_of(data[step * BATCH:(step + 1) * BATCH])
         optimizer.zero_grad()
@@ -123,7 +131,7 @@ def train(loss_of, groups, data):
             print(f"{loss.item():6.2f}", end="", flush=True)
 
 
-def pretrain(task, auxiliary_weight):
+def pretrain(task):
     """A transformer that knows the old ciphers, frozen."""
     torch.manual_seed(task.seed)
     model = TinyTransformer(MODEL).to(task.device)
@@ -135,20 +143,23 @@ def pretrain(task, auxiliary_weight):
         symbols = model.lm_head(model.norm(early[:, LENGTH:]))
         answers = model.lm_head(model.norm(late[:, LENGTH:]))
         auxiliary = F.cross_entropy(symbols.mT, batch.tokens[:, :LENGTH])
-        return F.cross_entropy(answers.mT, batch.targets) + auxiliary_weight * auxiliary
+        return F.cross_entropy(answers.mT, batch.targets) + AUXILIARY_WEIGHT * auxiliary
 
     data = task.sample(PRETRAIN_STEPS * BATCH, task.old, stream=0)
-    train(loss_of, [dict(params=[*model.parameters()], lr=3e-3)], data)
+    print(f"   {'pre-training':27}", end="")
+    train(loss_of, model, 3e-3, data)
+    print("   with the auxiliary loss")
     return model.requires_grad_(False)
 
 
 # ---- The methods ----
 class LoRAExperts(HydraLoRALinear):
-    """LoRA MoE (Eqs. 5 and 6): sum_i w_i B_i A_i x. The A_i start out equal."""
+    """LoRA MoE (Eqs. 5 and 6): sum_i w_i B_i A_i x."""
 
     def __init__(self, base, **arguments):
         super().__init__(base, **arguments)
-        self.lora_A = nn.Parameter(self.lora_A.detach().repeat(self.num_heads, 1, 1))  # (n, r, k)
+        A = self.lora_A.new_empty(self.num_heads, self.r, self.in_features)
+        self.lora_A = nn.Parameter(A.uniform_(-1, 1) / math.sqrt(self.in_features))  # (n, r, k)
 
     def forward(self, x):
         w = self.router(x)  # (..., n)
@@ -157,16 +168,8 @@ class LoRAExperts(HydraLoRALinear):
         return self.base(x) + delta  # (..., d)
 
 
-class UnequalExperts(LoRAExperts):
-    """LoRA MoE whose A_i start out different."""
-
-    def __init__(self, base, **arguments):
-        super().__init__(base, **arguments)
-        nn.init.kaiming_uniform_(self.lora_A.detach().flatten(0, 1), a=math.sqrt(5))
-
-
-class SharedB(UnequalExperts):
-    """The reverse of HydraLoRA: B sum_i w_i A_i x. With equal A_i, w would cancel."""
+class SharedB(LoRAExperts):
+    """The reverse of HydraLoRA: B sum_i w_i A_i x."""
 
     def __init__(self, base, **arguments):
         super().__init__(base, **arguments)
@@ -200,6 +203,7 @@ class Method:
     r: int = RANK
     layer: type = HydraLoRALinear
     gates: Callable | None = None  # gates(data, w) in place of the router's w
+    train_router: bool = True
     target: str = "layers.1.o_proj"
     lr: float = 0.16
     partner: str = "HydraLoRA"  # the row it is compared with in --table
@@ -209,8 +213,8 @@ def methods(n=DOMAINS):
     """Name -> Method, for n heads.
 
     Ranks are set for about equal sizes: HydraLoRA has r k + n r d + n k parameters, a LoRA
-    r k + r d; k is d in o_proj, 4 d in down_proj. Each lr is the method's best mean in
-    --tune, of RATES, on TUNING_SEEDS.
+    r k + r d, with k = d in o_proj and k = 4 d in down_proj. Each lr is the one of RATES
+    with the best mean accuracy on TUNING_SEEDS (--tune).
     """
     lora_rank = math.ceil((RANK + n * RANK + n) / 2)
     experts_rank = round(RANK * (1 + n) / (2 * n))
@@ -220,33 +224,40 @@ def methods(n=DOMAINS):
         "LoRA, full rank": Method(r=MODEL.hidden_size, lr=0.08),
         "LoRA with a ReLU": Method(r=lora_rank, layer=ReLULoRA),
         "HydraLoRA without router": Method(n, gates=equal_gates),  # Fig. 6, w/o gate
+        "HydraLoRA, random router": Method(n, train_router=False),
         "LoRA MoE": Method(n, experts_rank, LoRAExperts),
-        "LoRA MoE, same rank": Method(n, layer=LoRAExperts),
-        "one A per head, shared B": Method(n, layer=SharedB, lr=0.08),
+        "LoRA MoE, same rank": Method(n, layer=LoRAExperts, lr=0.08),
+        "one A per head, shared B": Method(n, layer=SharedB),
         "LoRA-Split": Method(DOMAINS, experts_rank, LoRAExperts, true_labels),
         "HydraLoRA with true labels": Method(DOMAINS, gates=true_labels),
-        "HydraLoRA": Method(n),
+        "HydraLoRA": Method(n, lr=0.32),
         "LoRA on down_proj": Method(r=math.ceil((16 + 4 * n + 4 * n) / 5), **down_proj),
         "HydraLoRA on down_proj": Method(n, r=4, **down_proj)}
 
 
 # ---- The adapters ----
 def adapt(model, method, seed):
-    """A copy of the model with an adapter. Equal r give equal A, equal n equal Wg."""
+    """A copy of the model with an adapter.
+
+    With the same seed, adapters of equal n start from the same Wg, and adapters of equal r
+    from the same A (LoRAExperts draws its own A_i).
+    """
     model = copy.deepcopy(model)
     torch.manual_seed(seed)
     inject_hydralora(model, [method.target], method.layer, num_heads=method.n, r=method.r,
                      lora_alpha=2 * method.r)
     [layer] = hydralora_layers(model).values()
-    torch.manual_seed(seed + 1_000_000)  # else the router repeats A's numbers
+    torch.manual_seed(seed + 1_000_000)  # Wg must not depend on r, nor repeat A's numbers
     layer.router.reset_parameters()
-    layer.router.requires_grad_(method.gates is None and method.n > 1)
+    layer.router.requires_grad_(method.train_router and method.gates is None and method.n > 1)
     return model
 
 
 def predict(model, data, gates=None):
-    """Logits at the question marks (count, LENGTH, vocab_size); gates(data, w) is used
-    for w."""
+    """Logits at the question marks (count, LENGTH, vocab_size).
+
+    gates(data, w), if given, replaces the router's w (count, t, n).
+    """
     if gates is None:
         return model(data.tokens)[:, LENGTH:]
     with hook_gates(model, lambda name, w: gates(data, w)):
@@ -259,36 +270,41 @@ def accuracy(model, data, gates=None):
     return 100 * (predict(model, data, gates).argmax(-1) == data.targets).float().mean(1)
 
 
-def fine_tune(task, frozen, method):
-    """A copy of the model that has learnt the new ciphers, its size and accuracy."""
+def group_means(values, group, groups):
+    """values (m, ...), group (m,) -> the mean of each group: (groups, ...)."""
+    return torch.stack([values[group == i].mean(0) for i in range(groups)])
+
+
+def fine_tune(task, frozen, name, method):
+    """A copy of the model that has learnt the new ciphers, and its results. Prints a row."""
     model = adapt(frozen, method, task.seed)
-    groups = [dict(params=[p], lr=method.lr * (ROUTER_RATE if "router" in name else 1))
-              for name, p in model.named_parameters() if p.requires_grad]
-    train(lambda batch: F.cross_entropy(predict(model, batch, method.gates).mT, batch.targets),
-          groups, task.training)
+
+    def loss_of(batch):
+        return F.cross_entropy(predict(model, batch, method.gates).mT, batch.targets)
+
+    print(f"   {name:27}", end="")
+    train(loss_of, model, method.lr, task.training)
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    reached = accuracy(model, task.test, method.gates).mean().item()
-    return model, dict(size=size, accuracy=reached)
+    reached = accuracy(model, task.test, method.gates)  # (count,)
+    by_domain = group_means(reached, task.test.domain, DOMAINS).tolist()
+    result = dict(size=size, accuracy=reached.mean().item(), by_domain=by_domain)
+    print("{size:13,}{accuracy:11.1f}   ".format(**result), *map("{:3.0f}".format, by_domain))
+    return model, result
 
 
 # ---- A look inside ----
-def group_means(values, group, groups):
-    """values (m, ...), group (m,) -> the mean of each group: (groups, ...)."""
-    members = F.one_hot(group, groups).to(values)  # (m, groups)
-    return torch.einsum("mg,m...->g...", members / members.sum(0), values)
-
-
 @torch.no_grad()
 def variance_shares(model, data):
     """Two-way ANOVA, by domain and symbol, of the mean input x of the last o_proj."""
-    inputs, o_proj = [], model.layers[-1].o_proj
-    with o_proj.register_forward_pre_hook(lambda module, x: inputs.extend(x)):
+    inputs = []
+    with model.layers[-1].o_proj.register_forward_pre_hook(lambda _, x: inputs.extend(x)):
         predict(model, data)
     x = inputs[0][:, LENGTH:].flatten(0, 1)  # (tokens, width)
     pair = (data.domain[:, None] * SYMBOLS + data.tokens[:, :LENGTH]).flatten()
     means = group_means(x, pair, DOMAINS * SYMBOLS)
     means = means.unflatten(0, (DOMAINS, SYMBOLS)) - means.mean(0)  # (domains, symbols, width)
-    domain, symbol = means.mean(1, keepdim=True), means.mean(0, keepdim=True)
+    domain = means.mean(1, keepdim=True)
+    symbol = means.mean(0, keepdim=True)
     parts = dict(domain=domain, symbol=symbol, interaction=means - domain - symbol)
     return {name: (part.square().mean() / means.square().mean()).item()
             for name, part in parts.items()}
@@ -307,7 +323,8 @@ def nmi(w, group):
 
 def ablate_heads(model, data, n):
     """Points of accuracy that each domain loses without each head: (domains, n)."""
-    intact, lost = accuracy(model, data), []
+    intact = accuracy(model, data)
+    lost = []
     for others in 1 - torch.eye(n, device=intact.device):
         ablated = accuracy(model, data, lambda data, w: w * others)
         lost.append(group_means(intact - ablated, data.domain, DOMAINS))
@@ -329,123 +346,99 @@ def examples(data, answers, heads):
 
 @torch.no_grad()
 def look_inside(model, data):
-    """What the heads do. gates and lost: (domains, n). symbols: those of each head."""
+    """A dict: mean gates and accuracy lost without each head, both (domains, n), and more."""
     with record_gates(model) as gates:
         answers = predict(model, data).argmax(-1)  # (count, LENGTH)
     [w] = gates.values()
-    w, n = w[:, LENGTH:].flatten(0, 1), w.shape[-1]  # (tokens, n)
+    w = w[:, LENGTH:]  # (count, LENGTH, n)
     domain = data.domain.repeat_interleave(LENGTH)  # (tokens,)
-    symbol = data.tokens[:, :LENGTH].flatten()
-    head_of = group_means(w, symbol, SYMBOLS).argmax(-1).tolist()
     return dict(
-        examples=examples(data, answers, w.argmax(-1).view(-1, LENGTH)),
-        gates=group_means(w, domain, DOMAINS).tolist(),
-        lost=ablate_heads(model, data, n).tolist(),
-        nmi=dict(domain=nmi(w, domain), symbol=nmi(w, symbol)),
-        nmi_by_domain=nmi(F.one_hot(domain).to(w), symbol),  # if heads follow domains alone
-        symbols=["".join(LETTERS[a] for a in range(SYMBOLS) if head_of[a] == i)
-                 for i in range(n)])
+        examples=examples(data, answers, w.argmax(-1)),
+        gates=group_means(w.mean(1), data.domain, DOMAINS).tolist(),
+        lost=ablate_heads(model, data, w.shape[-1]).tolist(),
+        nmi=nmi(w.flatten(0, 1), domain))
 
 
-def print_inside(examples, gates, lost, nmi, nmi_by_domain, symbols):
-    print("   A sequence of each domain, its answer (* before an error), likeliest head:\n")
+def print_inside(examples, gates, lost, nmi):
+    print("   One sequence of each domain, the model's answer (* before an error), and the head\n"
+          "   with the largest gate (which head takes which domain is chance):\n")
     for i, shown in enumerate(examples):
         print(f"   domain {i} {shown['plaintext']}\n   answer   {shown['answer']}\n"
               f"   head     {shown['head']}\n")
     print("   Mean gate of each head, and accuracy (in points) lost without that head:\n\n"
-          "            |", "      | ".join(f"head {i}" for i in range(len(symbols))))
+          "            |", "      | ".join(f"head {i}" for i in range(len(gates[0]))))
     for i in range(DOMAINS):
         points = [round(value, 1) + 0.0 for value in lost[i]]  # 0.0 for -0.0
         print(f"   domain {i}", *map("{:.2f} {:6.1f}".format, gates[i], points), sep=" | ")
-    print("\n   Normalised mutual information (NMI; 0: independent, 1: one decides the other)\n"
-          f"   of head and domain: {nmi['domain']:.2f}\n   of head and symbol: {nmi['symbol']:.2f} "
-          f"({nmi_by_domain:.2f} if heads follow domains alone)")
-    if nmi["symbol"] > nmi["domain"]:
-        print("   Symbols of each head:", ", ".join(symbols))
-
-
-@torch.no_grad()
-def overlaps(model):
-    """Mean squared cosine between two subspaces, of LoRA-Split's A_i and of its B_i."""
-    layer, found = model.layers[-1].o_proj, {}
-    for name, matrices in dict(A=layer.lora_A.mT, B=layer.lora_B).items():  # (n, width, r)
-        pairs = combinations(torch.linalg.qr(matrices.cpu()).Q, 2)
-        found[name] = mean((a.T @ b).square().sum().item() / layer.r for a, b in pairs)
-    return found
+    print(f"\n   Normalised mutual information (NMI) of head and domain: {nmi:.2f}\n"
+          "   (0: independent, 1: each determines the other)")
 
 
 # ---- Merging ----
 def merge_both_ways(task, model):
-    """Accuracy when merged with the mean w of each domain, and of all domains."""
-    def merged_accuracy(calibration, test):
-        gates = mean_gates(model, [calibration.tokens])
-        return accuracy(merge_hydralora(copy.deepcopy(model), gates), test)  # (count,)
+    """The accuracy without merging, and with a merge for each sequence or one for all.
 
-    sample, test = task.training[:1000], task.test
-    by_domain = [merged_accuracy(sample[sample.domain == i], test[test.domain == i])
-                 for i in range(DOMAINS)]
-    return dict(true_domain=torch.cat(by_domain).mean().item(),
-                all_domains=merged_accuracy(sample, test).mean().item())
+    A merge for each sequence is imitated by constant gates, which compute the same: the w
+    of the sequence's last plaintext symbol.
+    """
+    def of_last_plaintext(data, w):
+        return w[:, LENGTH - 1:LENGTH].expand_as(w)  # (count, t, n)
+
+    gates = mean_gates(model, [task.training.tokens[:1000]])
+    merged = merge_hydralora(copy.deepcopy(model), gates)
+    reached = dict(
+        not_merged=accuracy(model, task.test),
+        each_sequence=accuracy(model, task.test, of_last_plaintext),
+        all=accuracy(merged, task.test))  # each (count,)
+    return {way: values.mean().item() for way, values in reached.items()}
 
 
 # ---- The run ----
-SHARES = """
-   x is the adapters' input. Of the variance of its means by domain and symbol, {domain:.0%}
-   is due to the domain, {symbol:.0%} to the symbol, {interaction:.0%} to the pair. Where x is
-   a domain part plus a symbol part, so is B A x: a cipher's pairs are left to the frozen
-   MLP. Gates made from x, or a ReLU after A, can pair domain and symbol in the update.
-"""
-MERGED = """   not merged              {:6.1f}%
-   merged for each domain  {true_domain:6.1f}%, with its mean w
-   merged for all domains  {all_domains:6.1f}%: the mean w averages the heads
-"""
-
-
-def experiment(seed, device, heads=None, auxiliary_weight=AUXILIARY_WEIGHT, names=MAIN_RUN):
+def experiment(seed, device, heads=None, names=MAIN_RUN, proportions=PROPORTIONS):
     """The run on one seed. names: the methods, with LoRA and HydraLoRA among them."""
     print(f"HydraLoRA on {DOMAINS} hidden domains, each with a cipher: seed {seed}, {device}")
-    print("\n1. How many heads?\n")
-    task = Task(seed, device)
+    task = Task(seed, device, proportions)
+
+    print("\n1. How many heads? k-means on the plaintexts:\n")
     found, sse = num_heads_from_corpus(task.training.tokens[:600, :LENGTH].tolist())
     n = heads or found
-    print(f"   k-means finds {found}; using {n}. SSE of 1, 2, ... centres:\n  ", *map(round, sse))
+    print(f"   it finds {found}; using {n}. SSE with 1, 2, ... centres:\n  ", *map(round, sse))
 
     print("\n2. Training: all weights on the old ciphers, then an adapter on the new ones\n\n"
-          f"{'loss after 0, 100 ... steps':>59}   parameters   accuracy (%)\n"
-          f"   {'frozen model':28}", end="")
-    frozen, floor = pretrain(task, auxiliary_weight), task.best_without_domain()
-    before = accuracy(frozen, task.test).mean().item()
-    print(f"{before:30.1f}\n   {'floor: best answers without the domain':72}{floor:6.1f}")
-    models, scores = {}, {}
+          f"{'loss after 0, 100, ... steps':>54}{'parameters':>13}{'accuracy':>11}   by domain (%)")
+    frozen = pretrain(task)
+    no_adapter = accuracy(frozen, task.test).mean().item()
+    floor = task.floor()
+    print(f"   {'no adapter, on the new ciphers':64}{no_adapter:11.1f}\n"
+          f"   {'floor: best without knowing the domain':64}{floor:11.1f}")
+    chosen = methods(n)
+    models = {}
+    results = {}
     for name in names:
-        print(f"   {name:28}", end="")
-        models[name], scores[name] = fine_tune(task, frozen, methods(n)[name])
-        print("{size:16,}{accuracy:14.1f}".format(**scores[name]))
+        models[name], results[name] = fine_tune(task, frozen, name, chosen[name])
     shares = variance_shares(frozen, task.test)
-    print(SHARES.format(**shares))
+    print("\n   Variance of x, the adapters' input: domain {domain:.1%}, symbol {symbol:.1%}, "
+          "their combination {interaction:.1%}\n".format(**shares))
 
     print("3. Do the heads B_i specialise by domain?\n")
     inside = look_inside(models["HydraLoRA"], task.test)
     print_inside(**inside)
 
     print(f"\n4. Merging: one w for all tokens makes the heads one LoRA of rank {RANK}\n")
-    ours, merged = scores["HydraLoRA"]["accuracy"], merge_both_ways(task, models["HydraLoRA"])
-    print(MERGED.format(ours, **merged))
-    checks = {"HydraLoRA is ahead of LoRA": ours > scores["LoRA"]["accuracy"]}
+    merged = merge_both_ways(task, models["HydraLoRA"])
+    print("   not merged                {not_merged:6.1f}%\n"
+          "   merged for each sequence  {each_sequence:6.1f}%, with w of its last symbol\n"
+          "   merged once for all       {all:6.1f}%, with the mean w\n".format(**merged))
+    checks = {"HydraLoRA is ahead of LoRA":
+              results["HydraLoRA"]["accuracy"] > results["LoRA"]["accuracy"]}
     if n >= DOMAINS:  # with fewer heads, NMI cannot reach 0.9
-        checks["heads specialise by domain"] = inside["nmi"]["domain"] >= 0.9
+        checks["heads specialise by domain"] = inside["nmi"] >= 0.9
     for what, passed in checks.items():
         print(f"{what}: {'yes' if passed else 'NO'}")
-    result = dict(
-        seed=seed, device=device, auxiliary_weight=auxiliary_weight, heads_found=found, sse=sse,
-        num_heads=n, frozen=before, without_domain=floor, methods=scores, input_variance=shares,
-        merged=merged, checks=checks, **inside)
-    if "LoRA-Split" in names:  # Observation II
-        split = replace(methods(n)["LoRA-Split"], layer=UnequalExperts)
-        different, _ = fine_tune(task, frozen, split)
-        result["overlap"] = dict(
-            equal=overlaps(models["LoRA-Split"]), different=overlaps(different))
-    return result
+    return dict(
+        seed=seed, device=device, proportions=proportions, heads_found=found, sse=sse,
+        num_heads=n, no_adapter=no_adapter, floor=floor, methods=results,
+        input_variance=shares, merged=merged, checks=checks, **inside)
 
 
 # ---- --table and --tune: several seeds ----
@@ -474,76 +467,67 @@ def lead(ours, theirs):
 
 def table(device):
     """README's table and numbers."""
-    seeds = all_seeds(experiment, TABLE_SEEDS, device, DOMAINS, AUXILIARY_WEIGHT, [*methods()])
-    reached = {name: [seed["methods"][name]["accuracy"] for seed in seeds] for name in methods()}
+    names = [*methods()]
+    results = all_seeds(experiment, TABLE_SEEDS, device, DOMAINS, names)
+    reached = {name: [result["methods"][name]["accuracy"] for result in results]
+               for name in names}
     print("| method | parameters | accuracy (%) | HydraLoRA's lead (points) +- std | seeds won |\n"
           "|---|---|---|---|---|")
     for name, method in methods().items():
-        size = seeds[0]["methods"][name]["size"]
+        size = results[0]["methods"][name]["size"]
         compared = "|" if name == method.partner else lead(reached[method.partner], reached[name])
         print(f"| {name} | {size:,} | {mean(reached[name]):.1f} | {compared} |")
 
-    floor = [seed["without_domain"] for seed in seeds]
-    print(f"\nbest answers without the domain: {mean(floor):.1f}%")
-    print("LoRA's lead over them:", lead(reached["LoRA"], floor))
-    print("LoRA-Split's lead over LoRA:", lead(reached["LoRA-Split"], reached["LoRA"]))
-    for what in ("input_variance", "nmi", "merged"):
-        for key in seeds[0][what]:
-            values = [seed[what][key] for seed in seeds]
-            print(f"{what}, {key}: mean {mean(values):.2f}, {min(values):.2f} to {max(values):.2f}")
-    overlap = [mean(seed["overlap"][start][matrix] for seed in seeds)
-               for start in ("equal", "different") for matrix in "AB"]
-    chance = methods()["LoRA-Split"].r / MODEL.hidden_size
-    print("overlap of LoRA-Split's A_i and of its B_i: {:.2f} and {:.2f} if the A_i start out "
-          "equal, else {:.2f} and {:.2f}; by chance {:.2f}".format(*overlap, chance))
-    return seeds
+    print(f"\nfloor: {mean(result['floor'] for result in results):.1f}%")
+    print(f"NMI of head and domain: at least {min(result['nmi'] for result in results):.2f}")
+    for way in results[0]["merged"]:
+        print(f"merged, {way}: {mean(result['merged'][way] for result in results):.1f}%")
+    return results
 
 
 def tune_seed(seed, device):
-    task, scores = Task(seed, device), {}
-    frozen = pretrain(task, AUXILIARY_WEIGHT)
+    task = Task(seed, device)
+    frozen = pretrain(task)
+    reached = {}
     for name, method in methods().items():
         for lr in RATES:
-            _, score = fine_tune(task, frozen, replace(method, lr=lr))
-            scores[f"{name}, lr {lr}"] = score["accuracy"]
-    return scores
+            _, result = fine_tune(task, frozen, name, replace(method, lr=lr))
+            reached[f"{name}, lr {lr}"] = result["accuracy"]
+    return reached
 
 
 def tune(device):
     """The accuracy of each method at each learning rate, on other seeds."""
-    seeds = all_seeds(tune_seed, TUNING_SEEDS, device)
-    for candidate in seeds[0]:
-        scores = [seed[candidate] for seed in seeds]
-        print(f"{candidate}: mean {mean(scores):.2f}, worst {min(scores):.1f}")
-    return seeds
+    results = all_seeds(tune_seed, TUNING_SEEDS, device)
+    for candidate in results[0]:
+        values = [result[candidate] for result in results]
+        print(f"{candidate}: mean {mean(values):.2f}, worst {min(values):.1f}")
+    return results
 
 
 # ---- --cost ----
 def cost(device):
-    """Time of the layer, of a LoRA of rank n r, and of a loop over the heads."""
+    """Prints how long a forward and backward take, relative to a LoRA of rank n r."""
     costs = []
     for tokens, width, r, n in COST_SIZES:
-        with torch.device(device):
-            layer = HydraLoRALinear(nn.Linear(width, width), num_heads=n, r=r)
-            A, B = nn.Linear(width, n * r, False), nn.Linear(n * r, width, False)
-            x = torch.randn(tokens, width, requires_grad=True)
+        layer = HydraLoRALinear(nn.Linear(width, width), num_heads=n, r=r).to(device)
+        A = nn.Linear(width, n * r, bias=False).to(device)
+        B = nn.Linear(n * r, width, bias=False).to(device)
+        x = torch.randn(tokens, width, device=device, requires_grad=True)
 
         def loop(x):  # as in the official code
-            y, w = layer.base(x), layer.router(x)
-            for i in range(n):
-                y = y + layer.scaling * w[:, i, None] * (x @ layer.lora_A.T @ layer.lora_B[i].T)
+            y = layer.base(x)
+            for w_i, B_i in zip(layer.router(x).unbind(-1), layer.lora_B):
+                y = y + layer.scaling * w_i[:, None] * F.linear(F.linear(x, layer.lora_A), B_i)
             return y
 
-        ways = {"HydraLoRA": layer, "LoRA": lambda x: layer.base(x) + B(A(x)), "loop": loop}
-        times = {name: [] for name in ways}
-        for name, way in [*ways.items()] * 7:  # in turns
-            timer = Timer("way(x).sum().backward()", globals=dict(way=way, x=x))
-            times[name].append(1e3 * timer.timeit(3).median)
-        print(f"{tokens} tokens, width {width}, r {r}, n {n}")
-        for name in ways:
-            ms, lora = median(times[name]), median(times["LoRA"])
-            print(f"   {name:10}{ms:8.1f} ms, {ms / lora:.2f} of the LoRA's")
-            costs.append(dict(layer=name, ms=ms))
+        timers = [Timer("way(x).sum().backward()", globals=dict(way=way, x=x))
+                  for way in (lambda x: layer.base(x) + B(A(x)), layer, loop)]
+        turns = [[timer.timeit(3).median for timer in timers] for _ in range(7)]
+        of_lora, of_layer, of_loop = map(median, zip(*turns))
+        costs.append(dict(tokens=tokens, width=width, r=r, n=n,
+                          layer=round(of_layer / of_lora, 2), loop=round(of_loop / of_lora, 2)))
+        print(costs[-1])
     return costs
 
 
@@ -551,22 +535,26 @@ def cost(device):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    modes, add = parser.add_mutually_exclusive_group(), parser.add_argument
+    modes = parser.add_mutually_exclusive_group()
     for mode in (table, tune, cost):
         modes.add_argument(f"--{mode.__name__}", dest="mode", action="store_const", const=mode)
+    add = parser.add_argument
     add("--seed", type=int, default=0)
     add("--heads", type=int, help="number of heads (default: by k-means)")
-    add("--auxiliary-weight", type=float, default=AUXILIARY_WEIGHT)
+    add("--proportions", type=float, nargs=DOMAINS, default=PROPORTIONS, metavar="P",
+        help="how often each domain occurs, such as 85 10 5 (default: equal)")
     add("--check", action="store_true", help="exit with 1 if a check fails")
-    add("--json", metavar="FILE", default=os.devnull, help="for the results")
+    add("--json", metavar="FILE", default=os.devnull, help="write the results to this file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: cuda if available")
     options = parser.parse_args()
-    run = options.seed, options.device, options.heads, options.auxiliary_weight
-    if options.mode and (*run, options.check) != (0, run[1], None, AUXILIARY_WEIGHT, False):
+    single_run = ("seed", "heads", "proportions", "check")
+    if options.mode and any(getattr(options, o) != parser.get_default(o) for o in single_run):
         parser.error("--table, --tune and --cost only take --device and --json")
-    if not 0 <= options.seed <= 2**50 or options.heads is not None and options.heads < 1:
-        parser.error("--seed must be from 0 to 2**50, and --heads 1 or more")
+    if options.heads is not None and options.heads < 1:
+        parser.error("--heads must be 1 or more")
+    if not min(options.proportions) > 0.02 * sum(options.proportions):
+        parser.error("each of --proportions must be over 2% of their sum")
     try:
         torch.ones(1, device=options.device).item()
         open(options.json, "a").close()  # keeps an old file
@@ -574,7 +562,11 @@ def main():
         parser.error(str(error).splitlines()[0])
 
     torch.set_num_threads(1)  # the same digits on any number of cores
-    result = options.mode(options.device) if options.mode else experiment(*run)
+    if options.mode:
+        result = options.mode(options.device)
+    else:
+        result = experiment(
+            options.seed, options.device, options.heads, proportions=options.proportions)
     with open(options.json, "w") as file:
         json.dump(result, file, indent=1)
     return int(options.check and not all(result["checks"].values()))
