@@ -205,7 +205,7 @@ LARGE = {
     "past-tiles": dict(lead=(2, 65), k=193, d=131, r=33, n=35),
     # sums over many tokens; as the mean is 1, errors add up
     "many-tokens": dict(lead=(512, 8), k=32, d=32, r=16, n=3, bias=False, mean=1.0),
-    "sequence": dict(lead=(1, 3072), k=128, d=136, r=128, n=3, strides=("offset", 0)),
+    "sequence": dict(lead=(1, 3072), k=128, d=72, r=128, n=2, strides=("offset", 0)),
     # more tiles than a GPU has processors; in a model's first layer, x needs no gradient
     "many-tiles": dict(lead=(1, 13200), k=16, d=80, r=16, n=2, bias=False, frozen=("x", "W0")),
     # more blocks than a CUDA grid's y axis can have
@@ -992,7 +992,6 @@ def heads_in_place(v):
 
 
 def padded(v):
-    """Flattens x, and pads it to a multiple of 16 tokens."""
     x = v.x.reshape(-1, v.k)
     return unchanged(F.pad(x, (0, 0, 0, -len(x) % 16)), *v.inputs[1:])[:len(x)].view(v.y.shape)
 
@@ -1015,7 +1014,7 @@ RIGHT = {
 @pytest.mark.usefixtures("implementation")
 @parametrize("style", RIGHT)
 def test_right_kernel_passes(style):
-    """Runs each style in each case and test, each time in the next of its dtypes."""
+    # each time in the next of its dtypes
     for i, name in enumerate([*CASES, "many-tokens", *TESTS], list(RIGHT).index(style)):
         dtypes = [case.dtypes for case in cases_of(name)] if name not in TESTS else STATE_DTYPES
         run_check(name, RIGHT[style], dtypes[i % len(dtypes)])
@@ -1096,7 +1095,7 @@ each_dtype = parametrize("dtype", [f64, f32, bf16, f16], ids=str)
 
 
 def make_layer(k=K, d=D, dtype=f64, layer=HydraLoRALinear, **arguments):
-    """A layer with heads that are not zero, and gates that vary."""
+    """With heads that are not zero, and gates that vary."""
     torch.manual_seed(0)
     arguments = dict(num_heads=N, r=R, lora_alpha=2 * R) | arguments
     made = layer(nn.Linear(k, d, dtype=dtype), **arguments)
@@ -1169,6 +1168,8 @@ def test_dropout_has_one_mask_on_x_and_skips_the_router():
 # ---- A model ----
 def test_tiny_transformer_by_its_definition():
     model = plain_model()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
     h = model.token_embedding(IDS) + model.position_embedding.weight[:11]
     later = torch.full((11, 11), -math.inf).triu(1)
     for layer in model.layers:
@@ -1179,7 +1180,7 @@ def test_tiny_transformer_by_its_definition():
             heads.append((q @ k.mT / 4 + later).softmax(-1) @ v)
         h = h + layer.o_proj(torch.cat(heads, -1))
         h = h + layer.down_proj(F.gelu(layer.up_proj(layer.mlp_norm(h))))
-    close(model(IDS), model.lm_head(model.norm(h)), rtol=0, atol=1e-5)
+    close(model(IDS), model.lm_head(model.norm(h)), rtol=0, atol=1e-4)
 
 
 def test_injection_changes_no_output_and_no_mode():
@@ -1503,7 +1504,7 @@ def frozen(toy):
 
 @pytest.fixture
 def model(toy, frozen):
-    """HydraLoRA on o_proj, with heads that are not zero, and gates that vary."""
+    """With heads that are not zero, and gates that vary."""
     model = toy.adapt(frozen, toy.methods()["HydraLoRA"], 0)
     nn.init.normal_(model.layers[1].o_proj.lora_B)
     nn.init.normal_(model.layers[1].o_proj.router.weight)
@@ -1567,11 +1568,15 @@ def test_toy_equal_starts(toy, frozen):
             assert torch.equal(layer.lora_A, A)
 
 
-@parametrize("name", ["LoRA MoE", "one A per head, shared B"])
+@parametrize("name", ["LoRA MoE", "one A per head, shared B", "LoRA with a ReLU"])
 def test_toy_formula(name, toy, frozen):
     layer = toy.adapt(frozen, toy.methods()[name], 0).layers[1].o_proj
-    x, B = torch.randn(2, 5, 64).to(DEVICE), nn.init.normal_(layer.lora_B).expand(3, -1, -1)
-    delta = torch.einsum("btn,ndr,nrk,btk->btd", layer.router(x), B, layer.lora_A, x)
+    A, B = (t.expand(layer.num_heads, -1, -1)
+            for t in (layer.lora_A, nn.init.normal_(layer.lora_B)))
+    x = torch.randn(2, 5, 64).to(DEVICE)
+    z = torch.einsum("nrk,btk->btnr", A, x)
+    delta = torch.einsum(
+        "btn,ndr,btnr->btd", layer.router(x), B, z.relu() if "ReLU" in name else z)
     close(layer(x) - layer.base(x), layer.scaling * delta, rtol=1e-4, atol=1e-4)
 
 
@@ -1634,8 +1639,8 @@ def test_toy_cost(toy, monkeypatch):
 
 
 @parametrize("options", [
-    "--table --check", "--heads 0", "--json /no/x", "--device x", "--tune --proportions 2 1 1",
-    "--proportions 1 1 0", "--proportions 1 nan 1", "--proportions 1 1"])
+    "--table --check", "--tune --proportions 2 1 1", "--heads 0", "--json /no/x", "--device x",
+    "--proportions 1 1 0", "--proportions 1 nan 1"])
 def test_toy_refuses(options, toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(toy, "all_seeds", None)  # nothing is to run
@@ -1683,11 +1688,9 @@ def test_readme_definition_is_right(example):
 
 def test_readme_table_is_that_of_the_code(readme, toy, capsys, monkeypatch):
     seed = toy.experiment(0, DEVICE, 3, names=toy.methods())
-    seed["methods"]["LoRA"]["accuracy"] = seed["methods"]["HydraLoRA"]["accuracy"] - 2
     monkeypatch.setattr(toy, "all_seeds", lambda *_: [seed, seed])
     toy.table(DEVICE)
     printed = capsys.readouterr().out
-    assert " | +2.0 +- 0.0 | 2/2 |" in printed
     row = r"^\| (.*) \| ([\d,]+) \| ([\d.]+) \| ([-+\d.]*)"
     rows = re.findall(row, readme, re.M)
     assert [(name, size) for name, size, *_ in rows] == [
@@ -1696,6 +1699,7 @@ def test_readme_table_is_that_of_the_code(readme, toy, capsys, monkeypatch):
     for name, _, accuracy, lead in rows:
         ours = accuracies[toy.methods()[name].partner]
         assert float(lead or 0) == pytest.approx(ours - float(accuracy), abs=0.11)
+    assert toy.lead([92, 93, 94], [90, 89, 94]) == "+2.0 +- 2.0 | 2/3"
 
 
 @pytest.mark.skipif("TOY_RESULT" not in os.environ, reason="needs train_toy.py --json's file")
