@@ -1712,5 +1712,5 @@ def test_readme_numbers_of_seed_0_are_those_of_a_run(readme):
         assert numbers[::2] == pytest.approx(gates, abs=0.02)
         assert numbers[1::2] == pytest.approx(lost, abs=3)
     assert result["nmi"] == pytest.approx(0.98, abs=0.03)
-    for name, accuracy in {"LoRA": 78, "HydraLoRA": 95}.items():
+    for name, accuracy in {"LoRA": 78, "HydraLoRA": 96}.items():
         assert result["methods"][name]["accuracy"] == pytest.approx(accuracy, abs=2)
