@@ -5,7 +5,7 @@
     python train_toy.py             the experiment: a minute on a CPU
     python train_toy.py --table     README's table, twenty seeds: half an hour on two cores
     python train_toy.py --tune      the learning rates, ten seeds: 40 minutes on two cores
-    python train_toy.py --cost      the time that the layer takes: a minute
+    python train_toy.py --cost      the time of the layer: two minutes
 
 --proportions 85 10 5 --heads 3 makes two domains rare (k-means would find two domains).
 The function `experiment` shows the whole run.
