@@ -22,7 +22,6 @@ DTYPES). -k selects tests:
 
     -k "oracle and 3d and aligned and nobias-bf16"    x is (b, t, k); no bias, all bf16
     -k "oracle and not gradients"                     a kernel without a backward
-    -k "oracle and not fp64"                          a float32 kernel
 
 How to read the oracle: `definition` says what is right, and CASES are its inputs. The
 tests only choose calls and their order. `Call` makes a call and checks it. The message
@@ -832,7 +831,6 @@ def wrong(message, caught_by="plain", dtypes="fp32", **steps):
 
 KNOWN = [  # a failure message names those that give the same results
     wrong("no scaling", s=lambda v: 1.0),
-    wrong("scaled twice in the backward", ddelta=lambda v, g: v.s * g),
     wrong("softmax over tokens", w=lambda v: v.logits.softmax(-2)),
     wrong("softmax's backward without - sum_i w_i dw_i", w=lambda v: uncentred(v.logits)),
     wrong("heads summed", w=lambda v: 0 * v.w + 1),
@@ -865,7 +863,8 @@ KNOWN = [  # a failure message names those that give the same results
 WRONG = [
     *KNOWN,
     wrong("y is wrong in 5 of", "grid-limit", delta=lambda v: first(v.delta, 65535, -2)),
-    wrong("B.grad is wrong in 64 of", "sequence", dB=lambda v, g: first(g, 64)),
+    wrong("B.grad is wrong in 64 of", "sequence",
+          dB=lambda v, g: first(g, 64 if v.tokens > 2048 and v.k >= 128 else v.r)),
     wrong("y is wrong", "many-heads", w=lambda v: first(v.w, 128)),
     wrong("A.grad is zero or missing", "many-tiles",
           dA=lambda v, g: g * (v.x.requires_grad or v.tokens <= 64)),
@@ -881,6 +880,7 @@ WRONG = [
     wrong("TF32?", "wide", x=lambda v: in_float16(v) if v.k > 1000 else v.x),
     wrong("worst element [1, 4, 0]: found nan", y=also(lambda v: v.y.data[-1, -1].fill_(math.nan))),
     wrong("expected a tensor, got a tuple", y=lambda v: (v.y, 0)),
+    wrong("A.grad is wrong", "empty-batch", dA=lambda v, g: g + (v.y.numel() == 0)),
     wrong("wrong shape", "last-tokens", y=lambda v: v.y.squeeze()),
     wrong("wrong dtype", dtypes="mixed-fp16", y=lambda v: v.y.float()),
     wrong("y is wrong", dtypes="mixed-bf16", y=also(lambda v: v.y.data.mul_(1.06))),
@@ -918,10 +918,11 @@ WRONG = [
     wrong("nan in x, elsewhere: ", "nan_propagates", y=lambda v: v.y + 0 * v.x.sum()),
     wrong("inf in grad_y: this should not be finite", "nan_propagates",
           dy=lambda v, g: g.clamp(-1e4, 1e4)),
-    wrong("keeps x alive", "memory_is_freed", y=also(lambda v: v.memory.update(kept=v.x))),
+    wrong("keeps x, y alive", "memory_is_freed", dy=lambda v, g: v.memory.clear(),
+          y=also(lambda v: v.y.requires_grad and v.memory.update(kept=v.x))),
     wrong("y, grad_y alive", "memory_is_freed", dy=lambda v, g: v.memory.update(kept=g)),
     wrong("under torch.compile: ", "gradients_compiled",
-          s=lambda v: 1.0 if torch.compiler.is_compiling() else v.s),
+          s=lambda v: 1.75 if torch.compiler.is_compiling() else v.s),
 ]
 
 
@@ -1014,7 +1015,7 @@ RIGHT = {
 @pytest.mark.usefixtures("implementation")
 @parametrize("style", RIGHT)
 def test_right_kernel_passes(style):
-    # each time in the next of its dtypes
+    # each time in its next dtypes
     for i, name in enumerate([*CASES, "many-tokens", *TESTS], list(RIGHT).index(style)):
         dtypes = [case.dtypes for case in cases_of(name)] if name not in TESTS else STATE_DTYPES
         run_check(name, RIGHT[style], dtypes[i % len(dtypes)])
