@@ -3,7 +3,7 @@
 """HydraLoRA in one file: one shared matrix A, N heads B_i, and a router over the heads.
 
 Tian et al.: "HydraLoRA: An Asymmetric LoRA Architecture for Efficient Fine-Tuning",
-NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are trained:
+NeurIPS 2024, arXiv 2404.19245. W0 is frozen, whereas A, B_i and Wg are trained.
 
     (1)  y = W0 x + B A x                 LoRA
     (2)  W = W0 + sum_i w_i B_i A         HydraLoRA as one weight, for a fixed w
@@ -21,68 +21,66 @@ NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are trained:
     w      w, gates       (..., n)  one gate per head, for each token; (n,) if fixed
            delta          (..., d)  the update s sum_i w_i B_i A x, with s = scaling [4]
 
-The sections "The layer" and "Choosing N" are to be read beside the paper. The numbers [1]
-to [9] refer to the choices below.
+The sections "The layer" and "Choosing N" are to be read beside the paper, whereas the
+others are tools. The numbers [1] to [9] refer to the choices below.
 
-Why a router, and not a larger rank: if w were the same for all tokens, (3) would be one
-LoRA of rank r, with B = sum_i w_i B_i, for any N. With a router, w differs from token to
-token. The update is s [B_1 ... B_N] kron(w, A x), where kron stacks the vectors w_1 A x,
-..., w_N A x. This update is not linear in x. Over all tokens, the updates can span up to
-N r dimensions. A LoRA of rank N r can span as many, but it applies one matrix to all
-tokens, and its A has N times as many rows.
+Why a router, and not a larger rank? Because a LoRA of any rank applies one matrix to all
+tokens. So does HydraLoRA if w is the same for all tokens: Eq. 3 is then a LoRA of rank r,
+with B = sum_i w_i B_i, for any N. But a router makes w depend on x, so that tokens of
+different domains can get different updates. Together, these can span N r dimensions.
 
-Why A is shared, and not B: with one A, all heads read the same r features of x, but the
-updates can span N r dimensions of y. With one B, the N matrices A_i would read N r
-features, but the updates would span only r dimensions. The paper shares A "to improve
-parameter efficiency" (2.3): in LoRAs that were trained separately, the matrices A "tend to
-converge", but the matrices B do not (Observation II). The paper posits that this is "an
-artifact of the initialization schemes" (A starts out random, B zero), and that A captures
-what domains share.
+Why is A shared, and not B? Because the paper saw in t-SNE plots (Fig. 3) that if LoRAs
+are trained separately, their matrices A "tend to converge", whereas their matrices B are
+"distinguishable" (Observation II). It posits that this is "an artifact of the
+initialization schemes" (A starts out random, B zero), and that A captures what domains
+share. With one A, all heads read the same r features of x, but their updates can span
+N r dimensions of y. With one B and N matrices A_i, it would be the reverse.
 
-Why the heads become different: they start out equal, with B_i = 0. So in the first step,
-the gradients of A and Wg are zero, and those of the heads differ only through w_i. The
-w_i differ because Wg is random. If the rows of Wg were equal, the heads would stay equal,
-apart from rounding errors, which AdamW may amplify.
+Why do the heads become different? Because Wg is random, so that their gates differ. The
+heads start out equal, with B_i = 0: in the first step, the gradients of A and Wg are
+therefore zero, and those of the heads differ only through w_i. If the rows of Wg were
+equal, the heads would stay equal, apart from rounding errors, which AdamW may amplify.
 
-Why the heads specialise: let g = dL/dy for one token, and w = softmax(l). Then
+Why do the heads specialise? Because a head's gate grows on the tokens where the head does
+well, and the head then learns more from these tokens. Let g = dL/dy for one token, and
+w = softmax(l). Then
 
     dL/dB_i = s w_i g (A x)^T    head i learns from each token in proportion to w_i
     dL/dw_i = s g . B_i A x      negative if more of head i would lower the loss
     dL/dl_i = w_i (dL/dw_i - sum_j w_j dL/dw_j)    how head i compares with the mixture
 
-On tokens where a head does better than the mixture of all heads, its logit l_i grows, if
-x shows which tokens these are. Then its gate w_i is larger there, and the head learns
-more from these tokens. In this way, a small random preference grows. In train_toy.py, this
+So l_i grows on tokens where head i does better than the mixture of all heads, if x shows
+which tokens these are. In this way, a small random preference grows. In train_toy.py, this
 happens in a few steps, before anything is learnt. So specialised heads are no sign of a
 good fit.
 
-A head whose gate is near zero for all tokens gets almost no gradient, and may stay
-unused [6]. AdamW divides each gradient by its recent size plus eps (1e-8 by default). So
-even a small gradient makes a step of full size, and can revive the head, unless it is much
-smaller than eps.
+A head whose gate is near zero for all tokens gets almost no gradient, and may therefore
+stay unused [6].
 
 Choices where the paper is silent or the official code differs. L339 is line 339 of
 https://github.com/Clin0212/HydraLoRA/blob/afb693b/HydraLoRA/peft/tuners/lora.py,
 and the script is HydraLoRA/fine-tuning.sh in that repository.
 
     [1] The router reads x, as in the paper's text and L339. But the paper prints Wg as
-        (r, N), which would fit A x. For LoRA MoE, Appendix A.2 has (d_m, n), which fits x.
+        (r, N), which would fit A x. For LoRA MoE, its Appendix A.2 has (d_m, n), which
+        fits x.
     [2] The router has no bias (L279) and Kaiming-uniform init (L299), like A (L295).
     [3] The adapter is float32, or float64 if the base is; in the script, it is bf16. The
-        softmax is computed in float32 or better (L339). In bf16, a w_i near 1 would be
-        rounded to 1, and its derivative w_i (1 - w_i) to 0.
-    [4] The update is scaled by s = lora_alpha / r (L284, L342): here 16 / 8, in the script
-        32 / 4. The paper has no such factor.
-    [5] All heads share one dropout mask, on A's input. The router sees x without dropout
-        (L339). L342 draws a mask for each head, and this is enough to make heads
+        softmax is computed in float32 or better (L339), because bf16 would round a w_i
+        near 1 to 1, and its derivative w_i (1 - w_i) to 0.
+    [4] The update is scaled by s = lora_alpha / r (L284, L342): here 16 / 8, in the
+        script 32 / 4. The paper has no such factor.
+    [5] All heads share one dropout mask, on A's input, and the router sees x without
+        dropout (L339). L342 draws a mask for each head, which is enough to make heads
         different. The paper has no dropout.
-    [6] Only y is returned. L347 also returns "blcls". The official model adds it to the
-        loss, but it is always 0 (L344). A balance loss, cv_squared (L315), is never called.
-        The paper has no loss that keeps all heads in use.
-    [7] The caller picks the layers. The script adapts gate_proj, up_proj and down_proj. The
-        paper names only q_proj and v_proj (Fig. 3).
-    [8] Merging uses one w for all tokens, which the caller chooses. The paper merges "based
-        on the input" (3.2.2). We read this as: for each token.
+    [6] Only y is returned. L347 also returns "blcls", which the official model adds to
+        the loss, although it is always 0 (L344). A balance loss, cv_squared (L315), is
+        never called, and the paper has no loss that keeps all heads in use.
+    [7] The caller picks the layers. The paper names only q_proj and v_proj (Fig. 3), and
+        its "% Param" fits these two, without the router. The script adapts gate_proj,
+        up_proj and down_proj, and the authors say that they did (their issue 26).
+    [8] Merging uses one w for all tokens, which the caller chooses. The paper merges
+        "based on the input" (Sec. 3.2.2), which we read as: for each token.
     [9] k-means only chooses N, as the official README says. It initialises no head.
 """
 import copy
@@ -96,12 +94,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__version__ = "0.10.0"
+__version__ = "0.11.0"
 
 
 # ---- The layer ----
 class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
-    """Eq. 4: x (..., k) -> w (..., n). A subclass may return other gates (top-k)."""
+    """Eq. 4: x (..., k) -> w (..., n). A subclass may return other gates, all n of them:
+
+        class TopTwo(Router):
+            def forward(self, x):
+                w = super().forward(x)
+                return w * (w >= w.topk(2).values[..., -1:])
+
+        class TopTwoLayer(HydraLoRALinear):
+            router_class = TopTwo
+    """
 
     def __init__(self, k, n, device=None, dtype=None):
         super().__init__()
@@ -128,7 +135,7 @@ class HydraLoRALinear(nn.Module):
         x = (1, 2):  W0 x + bias = (11, 22),  A x = 3,  w = softmax(ln 3, 0) = (3/4, 1/4)
         y = (11, 22) + 2 (3/4 (3, 6) + 1/4 (15, -6)) = (23, 28)
     """
-    router_class = Router  # a subclass may name another
+    router_class = Router
 
     def __init__(self, base, *, num_heads=3, r=8, lora_alpha=16, lora_dropout=0.0):
         if not isinstance(base, nn.Linear):
@@ -137,8 +144,7 @@ class HydraLoRALinear(nn.Module):
             raise ValueError(f"num_heads and r must be 1 or more, got {num_heads}, {r}")
         super().__init__()
         k, d = base.in_features, base.out_features
-        self.in_features = k
-        self.out_features = d
+        self.in_features, self.out_features = k, d
         self.num_heads = num_heads
         self.r = r
         self.scaling = lora_alpha / r  # [4]
@@ -157,11 +163,12 @@ class HydraLoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B)
 
     def router_input(self, x):
-        """The router's input (..., k), here x. For A x, a variant needs a Wg (n, r) [1]."""
+        """The router's input, here x. A subclass that returns A x (..., r) [1] must also set
+        self.router = Router(self.r, self.num_heads).to(self.lora_A) in its __init__."""
         return x
 
     def forward(self, x):
-        """Eqs. 3 and 4: x (..., k) -> y (..., d). einsum first computes kron(w, z)."""
+        """Eqs. 3 and 4: x (..., k) -> y (..., d)."""
         y = self.base(x)                                 # (..., d), W0 x + bias
         x = x.to(self.lora_A.dtype)
         w = self.router(self.router_input(x))            # (..., n), Eq. 4
@@ -179,15 +186,16 @@ class HydraLoRALinear(nn.Module):
     # Merging, with one w for all tokens [8].
     @torch.no_grad()
     def to_lora(self, gates):
-        """The LoRA of Eq. 1 for fixed gates (n,): A (r, k) and B = s sum_i gates_i B_i (d, r)."""
+        """Eq. 1 for fixed gates (n,): A (r, k) and B = s sum_i gates_i B_i (d, r)."""
         if type(self).forward is not HydraLoRALinear.forward:
-            raise TypeError(f"{type(self).__name__} overrides forward: it needs its own to_lora")
+            name = type(self).__name__
+            raise TypeError(f"{name} overrides forward: it needs its own to_lora or merge")
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         A = self.lora_A.to(dtype, copy=True)
         heads = self.lora_B.to(dtype)
         gates = torch.as_tensor(gates).to(heads)
         if gates.shape != (self.num_heads,):
-            raise ValueError(f"gates must be {self.num_heads} numbers, got {gates}")
+            raise ValueError(f"gates must be {self.num_heads} numbers, got {[*gates.shape]}")
         B = self.scaling * (gates[:, None, None] * heads).sum(0)
         return A, B  # (r, k), (d, r)
 
@@ -199,9 +207,9 @@ class HydraLoRALinear(nn.Module):
         s sum_i (gates_i - w_i) B_i A x.
         """
         if not _is_plain_linear(self.base):
-            raise TypeError("base must be a plain nn.Linear: not quantised, meta, parametrized or "
-                            "hooked (accelerate.hooks.remove_hook_from_submodules(model) removes "
-                            "Accelerate's hooks)")
+            raise TypeError("base must be a plain nn.Linear: not quantised, parametrized, hooked "
+                            "(accelerate.hooks.remove_hook_from_submodules(model) helps) or on the "
+                            "meta device")
         A, B = self.to_lora(gates)
         merged = copy.deepcopy(self.base)
         with torch.autocast(A.device.type, enabled=False):  # B @ A in full precision
@@ -244,14 +252,21 @@ class TinyBlock(nn.Module):
         self.up_proj = nn.Linear(width, inner)
         self.down_proj = nn.Linear(inner, width)
 
-    def forward(self, h):
-        x = self.attention_norm(h)  # (b, t, width)
+    def attention(self, h):
+        """The input x of o_proj: h (b, t, width) -> (b, t, width)."""
+        x = self.attention_norm(h)
         # q, k, v: (b, attention heads, t, head width)
         q, k, v = (proj(x).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        h = h + self.o_proj(x.transpose(1, 2).flatten(2))
-        return h + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(h))))
+        return x.transpose(1, 2).flatten(2)
+
+    def mlp(self, h):
+        return self.down_proj(F.gelu(self.up_proj(self.mlp_norm(h))))
+
+    def forward(self, h):
+        h = h + self.o_proj(self.attention(h))
+        return h + self.mlp(h)
 
 
 class TinyTransformer(nn.Module):
@@ -290,21 +305,29 @@ def _require_layers(model):
     return layers
 
 
-def _require_names(what, given, right):
-    missing = right.keys() - given.keys()
-    unknown = given.keys() - right.keys()
+def _require_names(what, given, expected):
+    missing = expected.keys() - given.keys()
+    unknown = given.keys() - expected.keys()
     problems = [f"{len(names)} {kind}, first {min(names)!r}"
                 for kind, names in [("missing", missing), ("unknown", unknown)] if names]
     if problems:
         raise ValueError(f"names in {what}: {'; '.join(problems)}")
 
 
-def _with_gates(model, gates):
+def _for_each_layer(model, gates, method):
+    """Dict name -> layer.method(its gates), where gates is one (n,) or a dict name -> (n,)."""
     layers = _require_layers(model)
     if not isinstance(gates, dict):
         gates = dict.fromkeys(layers, gates)
     _require_names("gates", gates, layers)
-    return [(name, layer, gates[name]) for name, layer in layers.items()]
+    results = {}
+    for name, layer in layers.items():
+        try:
+            results[name] = getattr(layer, method)(gates[name])
+        except (TypeError, ValueError) as error:
+            error.args = (f"{name or 'model'}: {error}",)
+            raise
+    return results
 
 
 def _replace(model, new):
@@ -319,14 +342,14 @@ def _replace(model, new):
 def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
     """Freeze the model, wrap the nn.Linear layers that match, and return the model.
 
-    target_modules: "q_proj", "layers.0.q_proj" or a list of them [7]. A layer matches if
-    its name is a target or ends in "." + target. layer: HydraLoRALinear or a subclass,
-    called as layer(base, **arguments). A second call adapts more layers. Fused MoE experts
-    are not nn.Linear layers, and are skipped.
+    target_modules: "q_proj", "layers.0.q_proj" or a list of them [7]. A layer matches
+    if its name is a target or ends in "." + target. layer: HydraLoRALinear or a subclass,
+    called as layer(base, **arguments). Other modules, such as fused MoE experts, are
+    skipped. If a model reads a layer's weight instead of calling the layer, as Mamba does
+    with dt_proj, the adapter has no effect, and mean_gates raises an error.
 
-    All other parameters are frozen, those of a new output layer too. If you train some of
-    them, save them yourself: hydralora_state_dict holds the adapters alone. Quantise the
-    model before injecting.
+    A second call adapts more layers. Each call freezes all but the adapters, even a new
+    output layer: unfreeze that after the last call, and save it yourself.
     """
     modules = dict(model.named_modules())
     bases = {}
@@ -334,12 +357,12 @@ def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
         names = [name for name in modules if f".{name}".endswith(f".{target}")]
         linears = [name for name in names if isinstance(modules[name], nn.Linear)]
         if not linears:
-            kinds = {type(modules[name]).__name__ for name in names} or "nothing"
+            kinds = {type(modules[name]) for name in names} or "nothing"
             raise ValueError(f"{target!r} matches no nn.Linear: it matches {kinds}")
         for name in linears:
             parent = modules[name.rpartition(".")[0]]
             if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-                raise ValueError(f"{name}: the module around it may bypass its forward")
+                raise ValueError(f"{name}: {type(parent)} may not call its forward")
             bases[name] = modules[name]
     model = _replace(model, {base: layer(base, **arguments).train(base.training)
                              for base in bases.values()})
@@ -357,16 +380,18 @@ def _reset_compiler():
 
 @contextmanager
 def hook_gates(model, f):
-    """Context manager: f(name, w) gets each router's w (..., n), and may return other gates.
+    """Context manager: f(name, w) gets each router's w (..., n), and may return another.
 
-    `lambda name, w: 0 * w` turns the adapters off. `gates.__setitem__` collects w in a
-    dict, for a loss on gates. Entry and exit reset torch.compiler for the whole process,
-    since compiled code does not notice hooks.
+    The other must have n gates, too. `lambda name, w: 0 * w` turns the adapters off.
+    `gates.__setitem__` collects w in a dict, for a loss on gates. In training, enter it
+    once, around the loop: since compiled code does not notice hooks, entry and exit reset
+    torch.compiler for the whole process.
 
-    Activation checkpointing runs the forward again during the backward. If f changes gates,
-    run the backward inside the context. If it runs after the context, use_reentrant=True
-    gives **silently wrong gradients**, and use_reentrant=False raises an error, unless the
-    router is frozen and x needs no gradient. A loss on gates needs use_reentrant=False.
+    Activation checkpointing repeats the forward in the backward: so run the backward inside
+    the context, or the router's own gates are used in it. use_reentrant=True then gives
+    silently wrong gradients. use_reentrant=False raises an error, except if the router is
+    frozen and x needs no gradient: then its gradients, too, are silently wrong. A loss on
+    gates needs use_reentrant=False.
     """
     layers = _require_layers(model)
     if len({layer.router for layer in layers.values()}) < len(layers):
@@ -374,7 +399,8 @@ def hook_gates(model, f):
 
     def call(name, w):
         w = f(name, w)
-        # autograd saves the 1, and checkpointing (use_reentrant=False) notices if it is missing
+        # Autograd saves the 1. If the forward is repeated without the hook, it is missing,
+        # which checkpointing (use_reentrant=False) notices.
         return None if w is None else w * w.new_ones(())
 
     hooks = [layer.router.register_forward_hook(lambda router, x, w, name=name: call(name, w))
@@ -390,7 +416,7 @@ def hook_gates(model, f):
 
 @contextmanager
 def record_gates(model):
-    """Context manager: yields a dict name -> w (..., n) of the last forward, detached."""
+    """Context manager: a dict name -> w (..., n) of the last forward, detached."""
     gates = {}
     with hook_gates(model, lambda name, w: gates.update({name: w.detach()})):
         yield gates
@@ -400,10 +426,10 @@ def record_gates(model):
 def mean_gates(model, batches):
     """The mean w over all tokens of calibration inputs, in eval mode: dict name -> (n,).
 
-    batches: tensors, or dicts of keyword arguments, without padding. **Merging with mean
-    gates can ruin the model**, since w varies.
+    batches: tensors, or dicts of keyword arguments, without padding. Merging with mean
+    gates can ruin the model, because w varies.
     """
-    total = dict.fromkeys(hydralora_layers(model), 0)
+    total = dict.fromkeys(_require_layers(model), 0)
     count = dict.fromkeys(total, 0)
 
     def add(name, w):
@@ -411,28 +437,34 @@ def mean_gates(model, batches):
         total[name] += w.sum(0, dtype=torch.promote_types(w.dtype, torch.float32))
         count[name] += len(w)
 
+    def run(**arguments):
+        mask = arguments.get("attention_mask")
+        if mask is not None and not mask.all():
+            raise ValueError("attention_mask has zeros: use batches without padding")
+        model(**arguments)
+
     training = [m for m in model.modules() if m.training]
     try:
         with hook_gates(model.eval(), add):
             for batch in batches:
-                mask = None if isinstance(batch, torch.Tensor) else batch.get("attention_mask")
-                if mask is not None and not mask.all():
-                    raise ValueError("attention_mask has zeros: use batches without padding")
-                model(batch) if isinstance(batch, torch.Tensor) else model(**batch)
+                model(batch) if isinstance(batch, torch.Tensor) else run(**batch)
     finally:
         for m in training:
             m.training = True
+    if unused := [name for name in count if not count[name]]:
+        raise ValueError(f"{unused[0]!r} got no token: no batch, or the model never calls it")
     return {name: total[name] / count[name] for name in total}
 
 
 def merge_hydralora(model, gates):
     """Replace each HydraLoRA layer by layer.merge(gates), or raise and change nothing.
 
-    gates: one (n,) for all layers, or a dict name -> (n,), as from mean_gates. Zeros drop the
-    adapters. Returns the model; to keep the adapters, merge a copy.deepcopy of it.
+    gates: one (n,) for all layers, or a dict name -> (n,), as from mean_gates. Zeros drop
+    the adapters. Returns the model; to keep the adapters, merge a copy.deepcopy of it.
     """
-    layers = _with_gates(model, gates)
-    return _replace(model, {layer: layer.merge(w) for _, layer, w in layers})
+    merged = _for_each_layer(model, gates, "merge")
+    return _replace(model, {layer: merged[name]
+                            for name, layer in hydralora_layers(model).items()})
 
 
 # ---- Files ----
@@ -444,20 +476,25 @@ def _adapter(model):
 def hydralora_state_dict(model):
     """The adapter: NAME.lora_A (r, k), NAME.lora_B (n, d, r), NAME.router.weight (n, k).
 
-    Save inject_hydralora's arguments too, such as lora_alpha.
+    Save inject_hydralora's arguments too: lora_alpha and layer are not in the adapter.
     """
     state = _adapter(model)
     for key, t in state.items():
         if type(t) is not torch.Tensor or t.is_meta:
-            raise ValueError(f"{key} is on meta or sharded (for FSDP2, full_state_dict=True: "
-                             "get_model_state_dict with ignore_frozen_params=True, "
-                             "set_model_state_dict with strict=False)")
+            raise ValueError(
+                f"{key} is on meta or sharded. With FSDP2, save by get_model_state_dict "
+                "(full_state_dict=True, ignore_frozen_params=True), and load by "
+                "set_model_state_dict (full_state_dict=True, strict=False)")
     return state
 
 
 def load_hydralora_state_dict(model, state):
-    """Copy the adapter into the model, and return the model. ValueError if keys differ."""
-    _require_names("state", state, hydralora_state_dict(model))
+    """Copy the adapter into the model, or raise and change nothing. Returns the model."""
+    own = hydralora_state_dict(model)
+    _require_names("state", state, own)
+    for key, t in own.items():
+        if state[key].shape != t.shape:
+            raise ValueError(f"{key} must be {[*t.shape]}, got {[*state[key].shape]}")
     model.load_state_dict(state, strict=False)  # without the base
     return model
 
@@ -465,7 +502,7 @@ def load_hydralora_state_dict(model, state):
 def from_official_state_dict(state):
     """Convert official keys: NAME.lora_A.weight, lora_B0.weight ..., lora_route.weight.
 
-    PEFT's prefix is allowed. lora_alpha is not stored: inject with the value used in training.
+    PEFT's prefix is allowed. Inject with the lora_alpha of the training.
     """
     rest = {key.removeprefix("base_model.model."): t for key, t in state.items()}
     ours = {}
@@ -483,12 +520,11 @@ def from_official_state_dict(state):
 def export_lora(model, gates):
     """(state, config): a LoRA for PEFT with fixed gates, given as in merge_hydralora.
 
-    Save them as adapter_model.safetensors (or .bin) and adapter_config.json. In many MoE
-    models, PEFT 0.20+ mistakes gate_proj, up_proj and down_proj for fused experts. It then
-    drops some of their LoRAs, with a warning about missing keys: merge instead.
+    Save them as adapter_model.safetensors (or .bin) and adapter_config.json. Where PEFT
+    warns about missing keys, as in many MoE models, merge instead.
     """
     hydralora_state_dict(model)  # refuses what is on meta or sharded
-    loras = {name: layer.to_lora(w) for name, layer, w in _with_gates(model, gates)}
+    loras = _for_each_layer(model, gates, "to_lora")
     if "" in loras:
         raise ValueError("PEFT needs a name for each layer: export the model around it")
     r = max(len(A) for A, _ in loras.values())
@@ -513,10 +549,10 @@ def tf_idf(texts):
 
 
 def sse_curve(X, max_centres):
-    """The SSE of k-means, sum_i min_j |X_i - C_j|^2, for 1, ..., max_centres centres C_j.
+    """The SSE of k-means, sum_i min_j |X_i - C_j|^2, for 1, ..., max_centres centres.
 
     The paper starts from random centres. We use fast global k-means (Likas et al., 2003):
-    it adds to the n - 1 centres found before the document that lowers the SSE most.
+    it keeps the centres found so far, and adds the document that lowers the SSE most.
     """
     between = torch.cdist(X, X).square()  # (documents, documents)
     C = X.mean(0, keepdim=True)           # (1, terms)
@@ -534,10 +570,10 @@ def sse_curve(X, max_centres):
 
 
 def num_heads_from_corpus(documents, max_heads=10):
-    """Appendix B: N from the corpus, by TF-IDF, k-means and the elbow of the SSE curve [9].
+    """Appendix B: N by TF-IDF, k-means and the elbow of the SSE curve [9].
 
-    documents: a few hundred strings (split at spaces), or token sequences without padding.
-    Returns n >= 2, even for a single domain, and the SSE of 1, ..., max_heads centres.
+    documents: a few hundred strings (split at spaces), or token sequences without
+    padding. Returns n >= 2, even for one domain, and the SSE of 1, ..., max_heads centres.
 
     At the elbow, "the rate of decrease in SSE slows down". Our rule: n maximises
     (SSE_{n-1} - SSE_n) / (SSE_n - SSE_{n+1}). It finds the domains if the documents of a
@@ -546,7 +582,10 @@ def num_heads_from_corpus(documents, max_heads=10):
     if isinstance(documents, str):
         raise TypeError("documents must be a list, got one string")
     texts = [d.split() if isinstance(d, str) else [*map(str, d)] for d in documents]
-    sse = sse_curve(tf_idf([text for text in texts if text]), max_heads + 1)
+    texts = [text for text in texts if text]
+    if min(len(texts), max_heads) < 2:
+        raise ValueError("needs 2 or more documents that have words, and max_heads >= 2")
+    sse = sse_curve(tf_idf(texts), max_heads + 1)
     gains = -torch.tensor(sse).diff()  # SSE_{n-1} - SSE_n for n = 2, ..., max_heads + 1
-    next_gains = gains[1:].clamp_min(1e-5 * sse[0])  # less is rounding
+    next_gains = gains[1:].clamp_min(1e-5 * sse[0])  # smaller gains are rounding errors
     return 2 + (gains[:-1] / next_gains).argmax().item(), sse[:max_heads]

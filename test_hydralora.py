@@ -1092,7 +1092,7 @@ each_dtype = parametrize("dtype", [f64, f32, bf16, f16], ids=str)
 
 
 def make_layer(k=K, d=D, dtype=f64, layer=HydraLoRALinear, **arguments):
-    """With heads that are not zero, and gates that vary."""
+    """A layer whose heads are not zero, and whose gates vary."""
     torch.manual_seed(0)
     arguments = dict(num_heads=N, r=R, lora_alpha=2 * R) | arguments
     made = layer(nn.Linear(k, d, dtype=dtype), **arguments)
@@ -1139,6 +1139,7 @@ def test_dtypes(dtype):
     adapter = torch.promote_types(dtype, f32)
     assert layer.lora_A.dtype == layer.lora_B.dtype == layer.router.weight.dtype == adapter
     assert layer(x).dtype == dtype and layer.to(dtype)(x).dtype == dtype
+    assert {t.dtype for t in layer.to_lora(GATES)} == {adapter}
     close(mean_gates(layer, [x])[""], layer.router(x[0]).detach().to(adapter))  # not 16-bit sums
     with torch.autocast("cpu", dtype=bf16):
         assert layer(x).dtype == layer.base(x).dtype
@@ -1175,6 +1176,7 @@ def test_tiny_transformer_by_its_definition():
             q, k, v = (F.linear(x, getattr(layer, name).weight[rows])
                        for name in ("q_proj", "k_proj", "v_proj"))
             heads.append((q @ k.mT / 4 + later).softmax(-1) @ v)
+        close(layer.attention(h), torch.cat(heads, -1), rtol=0, atol=1e-4)
         h = h + layer.o_proj(torch.cat(heads, -1))
         h = h + layer.down_proj(F.gelu(layer.up_proj(layer.mlp_norm(h))))
     close(model(IDS), model.lm_head(model.norm(h)), rtol=0, atol=1e-4)
@@ -1193,36 +1195,43 @@ def test_injection_changes_no_output_and_no_mode():
     assert inject_hydralora(plain_model().to("meta"), "q_proj")(IDS.to("meta")).is_meta
 
 
-class Top2(Router):
-    def forward(self, x):
-        w = super().forward(x)
-        return w * (w >= w.topk(2).values[..., -1:])
+def classes_in_docstring():
+    names = dict(Router=Router, HydraLoRALinear=HydraLoRALinear)
+    exec("if True:" + Router.__doc__.split("them:")[1], names)  # the code is indented
+    return names["TopTwo"], names["TopTwoLayer"]
+
+
+TopTwo, TopTwoLayer = classes_in_docstring()
 
 
 class Variant(HydraLoRALinear):
-    """Top-2 gates from A x, so that Wg is (n, r), and a buffer."""
+    """The two largest gates, from A x, so that Wg is (n, r); and a buffer."""
 
     def __init__(self, base, **arguments):
         super().__init__(base, **arguments)
-        self.router = Top2(self.r, self.num_heads).to(self.lora_A)
+        self.router = TopTwo(self.r, self.num_heads).to(self.lora_A)
         self.register_buffer("factor", torch.ones(()))
 
     def router_input(self, x):
         return F.linear(x, self.lora_A)  # (..., r)
 
 
-def test_variant_is_saved_recorded_averaged_and_merged():
-    """As a layer alone. A head whose gate is 0 gets no gradient."""
-    layer, other, x = make_layer(layer=Variant), make_layer(layer=Variant), randn(1, K)
+@parametrize("variant, width", [(TopTwoLayer, K), (Variant, R)])
+def test_variant_is_saved_recorded_averaged_and_merged(variant, width):
+    """A head whose gate is 0 gets no gradient, and the two others keep their gates."""
+    layer, other, x = make_layer(layer=variant), make_layer(layer=variant), randn(1, K)
     nn.init.zeros_(other.lora_B)
     load_hydralora_state_dict(other, hydralora_state_dict(layer))
     with record_gates(layer) as gates:
         y = layer(x)
     y.sum().backward()
-    used = gates[""][0] > 0
-    assert used.sum() == 2 and layer.router.weight.shape == (N, R)
-    assert torch.equal(layer.lora_B.grad.flatten(1).any(1), used)
-    close(merge_hydralora(other, mean_gates(layer, [x]))(x), y.detach())
+    w, used = F.linear(layer.router_input(x), layer.router.weight).softmax(-1), gates[""] > 0
+    assert used.sum() == 2 and w.topk(2).values.sum() == gates[""].sum()
+    assert layer.router.weight.shape == layer.router.weight.grad.shape == (N, width)
+    assert torch.equal(layer.lora_B.grad.flatten(1).any(1), used[0])
+    merged = merge_hydralora(other, mean_gates(layer, [x]))
+    assert type(merged) is nn.Linear
+    close(merged(x), y.detach())
 
 
 class NoisyRouter(Router):
@@ -1254,6 +1263,16 @@ def test_second_injection_adds_to_the_first():
         "layers.0.q_proj.lora_A", "layers.0.q_proj.factor"}
 
 
+def test_linear_in_three_places_gets_one_adapter():
+    model = plain_model()
+    first, second = model.layers
+    second.k_proj = second.v_proj = first.k_proj
+    for change, kind in ((lambda: inject_hydralora(model, "k_proj"), HydraLoRALinear),
+                         (lambda: merge_hydralora(model, torch.ones(3)), nn.Linear)):
+        change()
+        assert first.k_proj is second.k_proj is second.v_proj and type(first.k_proj) is kind
+
+
 # ---- Choosing N ----
 @parametrize("sizes", [[240 // n] * n for n in range(2, 11)] + [[144, 72, 24]])
 def test_num_heads_of_domains(sizes):
@@ -1273,18 +1292,25 @@ def test_sse_by_hand():
         np.testing.assert_allclose(sse, [1.659844, 0.069862, 0.034931], atol=1e-5)
 
 
+def test_num_heads_of_repeated_documents():
+    n, sse = num_heads_from_corpus(["a b", "c d", "e f"] * 5)
+    assert n == 3
+    np.testing.assert_allclose(sse, [10, 5] + 8 * [0], atol=1e-5)
+
+
 # ---- Merging ----
 def test_fixed_gates_make_one_lora():
-    """In forward, merge and export alike, with the scaling that a layer has now."""
-    model = inject_hydralora(adapted_model("q_proj"), "0.o_proj", num_heads=N, r=2)
+    """Forward, merge and export agree, with the scaling that a layer has now."""
+    model = inject_hydralora(adapted_model("0.o_proj"), "q_proj", num_heads=N, r=2)
     gates = {name: GATES.roll(i) for i, name in enumerate(hydralora_layers(model))}
-    model.layers[0].q_proj.scaling = 0.5
-    nn.init.normal_(model.layers[0].o_proj.lora_B)
+    model.layers[0].o_proj.scaling = 0.5
+    for block in model.layers:
+        nn.init.normal_(block.q_proj.lora_B)
     with hook_gates(model, lambda name, w: gates[name].expand_as(w)):
         logits = model(IDS)
     state, config = export_lora(model, gates)
     assert config == dict(peft_type="LORA", r=R, lora_alpha=R, target_modules=[*gates])
-    for name, layer in hydralora_layers(model).items():  # of o_proj, r is padded
+    for name, layer in hydralora_layers(model).items():  # of q_proj, r is padded
         A, B = (state[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
         own_A, own_B = layer.to_lora(gates[name])
         assert len(A) == R == B.shape[1] and torch.equal(B @ A, own_B @ own_A)
@@ -1337,11 +1363,14 @@ def test_refused_merging_and_loading_change_nothing():
     model = adapted_model()
     logits, (*others, last) = model(IDS), hydralora_layers(model)
     for wrong in ({last: torch.ones(3)}, {last: torch.ones(33, N)}, {last: 1e39 * GATES}, {}):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=last):
             merge_hydralora(model, dict.fromkeys(others, GATES) | wrong)
     state = {key: 2 * t for key, t in hydralora_state_dict(model).items()}
-    for wrong in (state | {"more": IDS}, dict([*state.items()][1:]), {}):
-        with pytest.raises(ValueError, match="names in state: "):
+    *_, key = state
+    for wrong, word in [
+            ({}, "12 missing"), (state | {"more": IDS}, "more"), (dict([*state.items()][:-1]), key),
+            (state | {key: state[key][:1]}, f"{key} must be .4, 64., got .1, 64.")]:
+        with pytest.raises(ValueError, match=word):
             load_hydralora_state_dict(model, wrong)
     assert torch.equal(model(IDS), logits)
 
@@ -1350,7 +1379,7 @@ def test_refused_merging_and_loading_change_nothing():
 def test_gates_of_a_wrapped_model_are_refused(use):
     model = adapted_model("1.q_proj")
     gates = mean_gates(torch.compile(model, backend="eager"), [IDS])
-    with pytest.raises(ValueError, match=(
+    with pytest.raises(ValueError, match=re.escape(
             "1 missing, first 'layers.1.q_proj'; 1 unknown, first '_orig_mod.layers.1.q_proj'")):
         use(model, gates)
 
@@ -1365,8 +1394,8 @@ def test_gates_of_a_model_that_may_be_compiled(compiled):
         run(IDS[:1])
         run(IDS)
     assert gates.keys() == hydralora_layers(model).keys()
-    assert not any(w.requires_grad for w in gates.values())
     means = mean_gates(run, [collections.UserDict(tokens=IDS)]).values()
+    assert not any(w.requires_grad for w in (*gates.values(), *means))
     close([*means], [w.mean((0, 1)) for w in gates.values()])
     with hook_gates(model, lambda name, w: 0 * w):
         close(run(IDS), plain_model()(IDS))
@@ -1382,7 +1411,7 @@ def gradients(layer, y):
 @parametrize("change", [
     lambda name, w: 0 * w, lambda name, w: w.flip(-1), lambda name, w: GATES.expand_as(w)])
 def test_changed_gates_with_checkpointing(change):
-    """Inside the context, gradients are right. After it, they are right or refused."""
+    """Gradients are correct inside the context. After it, these are correct or refused."""
     layer, x = make_layer(), randn(9, K).requires_grad_()
     plain, earlier = gradients(layer, layer(x)), checkpoint(layer, x, use_reentrant=False)
     with hook_gates(layer, change):
@@ -1405,6 +1434,7 @@ def test_mean_gates_are_those_of_eval_mode():
     with pytest.raises(RuntimeError):
         mean_gates(model, [x.mT])
     assert model.training and [m.training for m in model] == [True, True, False, True]
+    assert not layer.router._forward_hooks
 
 
 # ---- Files ----
@@ -1434,21 +1464,46 @@ def shared_router():
     return model
 
 
+def sharded():
+    layer = make_layer()
+    layer.lora_A = nn.Parameter(layer.lora_A.data.as_subclass(Subclass))  # as a DTensor is
+    return layer
+
+
+class ReadsWeight(nn.Module):
+    """As Mamba does: the layer is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.dt_proj = nn.Linear(K, D)
+
+    def forward(self, x):
+        return x @ self.dt_proj.weight.T
+
+
 @parametrize("word, call", [
     ("nn.Linear", lambda: HydraLoRALinear(make_layer())),
     ("num_heads", lambda: make_layer(num_heads=0)),
     ("r must", lambda: make_layer(r=0)),
     ("float16", lambda: make_layer(dtype=f16, lora_alpha=1e7).merge(GATES)),
-    ("4 numbers", lambda: make_layer().to_lora(GATES[None])),
-    ("OwnForward .* to_lora", lambda: make_layer(layer=OwnForward).merge(GATES)),
+    (r"4 numbers, got \[1, 4\]", lambda: make_layer().to_lora(GATES[None])),
+    ("OwnForward .* to_lora or merge", lambda: make_layer(layer=OwnForward).merge(GATES)),
     ("no HydraLoRA layer", lambda: merge_hydralora(plain_model(), GATES)),
     ("share a router", lambda: mean_gates(shared_router(), [IDS])),
     ("mask has zeros", lambda: mean_gates(
         adapted_model(), [collections.UserDict(attention_mask=torch.ones(1, 2, 2).tril())])),
+    ("mapping, not tuple", lambda: mean_gates(adapted_model(), [(IDS, IDS)])),
+    ("layers.0.q_proj. got no token", lambda: mean_gates(adapted_model(), [])),
+    ("dt_proj. got no token", lambda: mean_gates(
+        inject_hydralora(ReadsWeight(), "dt_proj"), [torch.ones(K)])),
+    ("got no token", lambda: mean_gates(make_layer(), [randn(0, K)])),
     ("ignore_frozen_params", lambda: export_lora(adapted_model().to("meta"), GATES)),
+    ("lora_A is .* sharded", lambda: hydralora_state_dict(sharded())),
     ("PEFT needs a name", lambda: export_lora(make_layer(), GATES)),
     ("q.lora_B.weight", lambda: from_official_state_dict(OFFICIAL | {"q.lora_B.weight": IDS})),
     ("one string", lambda: num_heads_from_corpus("one string")),
+    *(("2 or more documents", lambda given=given: num_heads_from_corpus(*given))
+      for given in ([[]], [["a", ""]], [["a", "b"], 1])),
 ])
 def test_bad_call_is_refused(word, call):
     with pytest.raises((TypeError, ValueError), match=word):
@@ -1456,11 +1511,11 @@ def test_bad_call_is_refused(word, call):
 
 
 @parametrize("model, target_modules, word", [
-    (plain_model(), ["o_proj", "norm"], "LayerNorm"),
+    (plain_model(), ["o_proj", "norm"], "torch.nn.modules.normalization.LayerNorm"),
     (plain_model(), "proj", "nothing"),
-    (adapted_model(), ["o_proj", "q_proj"], "HydraLoRALinear"),
-    (nn.TransformerEncoderLayer(8, 2), "linear1", "bypass"),
-    (nn.MultiheadAttention(8, 2), "out_proj", "bypass")])
+    (adapted_model(), ["o_proj", "q_proj"], "hydralora.HydraLoRALinear"),
+    (nn.TransformerEncoderLayer(8, 2), "linear1", "TransformerEncoderLayer.* may not call"),
+    (nn.MultiheadAttention(8, 2), "out_proj", "MultiheadAttention.* may not call")])
 def test_refused_injection_changes_nothing(model, target_modules, word):
     next(model.parameters()).requires_grad_(False)
     trained, modules = trained_names(model), [*model.modules()]
