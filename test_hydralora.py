@@ -4,8 +4,8 @@
 
 A kernel is any function (x, W0, bias, A, B, Wg, scaling) -> y that computes what
 `definition` computes, y = W0 x + bias + scaling * sum_i w_i B_i A x, w = softmax(Wg x),
-with x (..., k), W0 (d, k), bias (d,) or None, A (r, k), B (n, d, r), Wg (n, k) and y
-(..., d). The tests with "oracle" in their names test a kernel:
+with x (..., k), W0 (d, k), bias (d,) or None, A (r, k), B (n, d, r), Wg (n, k), a float
+scaling and y (..., d). The tests with "oracle" in their names test a kernel:
 
     HYDRALORA_IMPL=module:function python -m pytest test_hydralora.py -k oracle -x
 
@@ -42,12 +42,13 @@ import contextlib
 import copy
 import functools
 import gc
+import io
 import itertools
-import json
 import math
 import os
 import pkgutil
 import re
+import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -160,10 +161,9 @@ class Case:
 
     @property
     def words(self):
-        """The parts of the id, in which -k finds words."""
         sizes = "odd" if self.k % 16 or self.d % 16 or self.r % 16 else "aligned"
         bias = "bias" if self.bias else "nobias"
-        return [f"{len(self.lead) + 1}d", self.name, sizes, bias, self.dtypes]
+        return f"{len(self.lead) + 1}d", self.name, sizes, bias, self.dtypes
 
     @property
     def id(self):
@@ -262,15 +262,14 @@ def each_mode_and_case(*names):
 
 @each_case(*CASES, *LARGE, among=DTYPES)
 def test_oracle_values(implementation, case):
-    """The test needs no gradients. A correct kernel returns the correct y."""
+    """Without gradients, a correct kernel returns the correct y."""
     check_all([Call(implementation, case, torch.inference_mode),
                Call(implementation, case, torch.no_grad)])
 
 
 @each_case(*CASES, *LARGE, among=DTYPES)
 def test_oracle_gradients(implementation, case):
-    """The test also runs the backward. A correct kernel then gives the correct
-    gradients."""
+    """With a backward, it also gives the correct gradients."""
     check(implementation, case)
 
 
@@ -280,8 +279,8 @@ def check(*arguments):
 
 
 def check_all(calls):
-    """Runs the backward passes, the second half of them in reverse order. Compares the
-    results only then, since a later call may have overwritten them."""
+    """Runs the backward passes, the second half of them in reverse order (for queues and
+    stacks). Compares results only then, since later calls may overwrite them."""
     __tracebackhide__ = True
     half, done = len(calls) // 2, []
     for call in [*calls[:half], *reversed(calls[half:])]:
@@ -370,7 +369,7 @@ def test_oracle_gradients_accumulate(implementation, case):
             key, leaf = f"{name}.grad", leaves[name]
             total = as_float64(leaf * 0 if leaf.grad is None else leaf.grad)
             error = total - one.correct[0][key] - two.correct[0][key]
-            found[key] = one.correct[0][key] + error / 2  # both calls add to the error
+            found[key] = one.correct[0][key] + error / 2
         one.compare(found)
 
 
@@ -503,13 +502,16 @@ class Call:
     @property
     def leave_out(self):
         """Advice, if the kernel does not support this case."""
+        axes, name, sizes, bias, dtypes = self.case.words
+        words = ["gradients"] * bool(self.required) + [axes, f"{axes}-{name}", sizes]
+        advice = ("To leave out such tests, use -k 'oracle and not WORD', where WORD is "
+                  f"{', '.join(words)} or bias-{dtypes}")
+        if bias == "bias":
+            advice += ", or -k 'oracle and nobias'"
         strided = [name for name in self.before if not self.inputs[name].is_contiguous()]
         if strided:
-            return (f"Not contiguous: {', '.join(strided)}. A kernel must take any strides, "
-                    "but may call .contiguous().")
-        *words, bias, dtypes = self.case.words
-        return ("To leave out such tests, use -k 'oracle and not WORD', where WORD is "
-                f"{', '.join(words)} or {dtypes}, or -k 'oracle and nobias'.")
+            advice += f".\nNot contiguous: {', '.join(strided)} (.contiguous() helps)"
+        return f"{advice}."
 
     def require(self, condition, message, advice=""):
         __tracebackhide__ = True
@@ -581,7 +583,7 @@ class Call:
 
     def compare(self, found):
         """Requires that each row and each column of y and of the gradients is correct,
-        up to the tolerance. Cases that differ only in what is replaced here share it."""
+        up to the tolerance, which does not depend on what is replaced here."""
         __tracebackhide__ = True
         strides = self.case.strides if "expanded" in self.case.strides else ()  # equal rows
         allowed = tolerance(replace(
@@ -659,7 +661,7 @@ def uncentred(logits):
 
 def correct_values(inputs, scaling):
     """Returns y and the gradients of sum(grad_y * y), by definition in float64, and the
-    norms by which errors in them are divided. For the gradients of x and Wg, the norm is
+    norms by which errors are divided. For the gradients of x and Wg, the norm is
     never smaller than without the second term of softmax's derivative: where its two terms
     nearly cancel, the rounding errors of both remain."""
     exact = {name: as_float64(t) for name, t in inputs.items() if t is not None}
@@ -735,7 +737,7 @@ def describe(call, found, errors, allowed):
         return f"{message}\n{worst} was correct when it was returned, and was overwritten later"
     hint = {"fp64": "a float32 kernel? Leave out fp64: -k 'oracle and not fp64'",
             "fp32": "TF32? Its errors are about 5e-4"}.get(call.case.dtypes)
-    most_rows = (errors[worst]["rows"] > allowed[worst]).float().mean() > 0.7
+    most_rows = (errors[worst]["rows"] > allowed[worst]).float().mean() > 0.5
     if hint and most_rows and max(sizes.values()) < 3e-3:
         return f"{message}\n{hint}"
     known = known_mistakes(call, found, allowed) if call.y.numel() < 50_000 else []
@@ -1550,174 +1552,217 @@ def test_accelerate_is_removed_as_the_message_says():
     assert type(merge_hydralora(model, GATES)[0]) is nn.Linear
 
 
-# ---- The toy, with few steps ----
-@pytest.fixture
-def toy(monkeypatch):
-    module = pytest.importorskip("train_toy")
-    for name, value in dict(PRETRAIN_STEPS=2, STEPS=2, EVALUATION=90).items():
-        monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    return module
-
-
-@pytest.fixture
-def task(toy):
-    return toy.Task(0, DEVICE)
+# ---- The toy ----
+@pytest.fixture(scope="session")
+def toy():
+    return pytest.importorskip("train_toy")
 
 
 @pytest.fixture
 def frozen(toy):
     torch.manual_seed(0)
-    return TinyTransformer(toy.MODEL).to(DEVICE)
+    return TinyTransformer(toy.MODEL).requires_grad_(False).to(DEVICE)
 
 
 @pytest.fixture
-def model(toy, frozen):
-    """With heads that are not zero, and gates that vary."""
-    model = toy.adapt(frozen, toy.methods()["HydraLoRA"], 0)
-    nn.init.normal_(model.layers[1].o_proj.lora_B)
-    nn.init.normal_(model.layers[1].o_proj.router.weight)
-    return model
+def data(toy, frozen):
+    _, new = toy.draw_ciphers(0)
+    return toy.encode(frozen, toy.sample(90, new, toy.EQUAL, 3, DEVICE))
 
 
-def run_toy(toy, monkeypatch, options):
-    monkeypatch.setattr(sys, "argv", ["", "--device", DEVICE, *options.split()])
-    return toy.main()
+@pytest.fixture
+def compared(toy, frozen, data, monkeypatch):
+    """Each method's row and model, with random heads and Wg in place of trained ones, its
+    layer at the start, rate and loss."""
+    def train(model, loss_of, batches, lr, router_rate, snapshots):
+        [layer] = hydralora_layers(model).values()
+        start = copy.deepcopy(layer)
+        nn.init.normal_(layer.lora_B)
+        nn.init.normal_(layer.router.weight)
+        loss = loss_of(batches[0])
+        loss.backward()
+        found.append(SimpleNamespace(model=model, start=start, lr=lr, loss=loss))
 
-
-@parametrize("proportions", [(1, 1, 1), (85, 10, 5)])
-def test_toy_floor_by_counting(proportions, toy):
-    task = toy.Task(0, DEVICE, proportions)
-    data = task.sample(9000, task.new, stream=3)
-    pairs = (data.tokens[:, :toy.LENGTH] * 15 + data.targets).flatten()
-    counts = pairs.bincount(minlength=15 * 15).view(15, 15)  # (symbols, answers)
-    best = counts.amax(1).sum() / counts.sum()
-    assert task.floor() == pytest.approx(100 * best.item(), abs=1)
-
-
-def test_toy_optimizer(toy, task, monkeypatch):
-    class AdamW(torch.optim.AdamW):
-        def step(self):
-            betas.append(self.param_groups[0]["betas"])
-            super().step()
-
-    betas = []
-    monkeypatch.setattr(torch.optim, "AdamW", AdamW)
-    model = nn.ParameterDict(dict(B=torch.zeros(1), router=torch.zeros(1)))
-    toy.train(lambda batch: model["B"] + model["router"], model, 1.0, task.training)
-    assert model["router"].item() / model["B"].item() == pytest.approx(8, rel=0.3)
-    assert betas == [(0.9, 0.95), (0.9, 0.95)]
-
-
-def test_toy_trains_each_method_at_its_rate(toy, task, frozen, monkeypatch):
     found = []
-    monkeypatch.setattr(toy, "train", lambda loss_of, model, lr, data: found.append(lr))
-    monkeypatch.setattr(toy, "accuracy", lambda model, data, gates: data.domain.float())
-    for name, method in toy.methods().items():
-        model, result = toy.fine_tune(task, frozen, name, method)
-        assert result["by_domain"] == [0, 1, 2]
-        trained = {key.split(".")[-1] for key in trained_names(model)}
-        router = method.n > 1 and method.gates is None and "random" not in name
-        assert trained == {"lora_A", "lora_B"} | ({"weight"} if router else set())
-        assert found.pop() == method.lr
+    monkeypatch.setattr(toy, "train", train)
+    rows, _ = toy.compare(frozen, toy.methods(3, 9), [data], data, 0)
+    for each, row in zip(found, rows.values(), strict=True):
+        each.row = row
+    return dict(zip(rows, found))
 
 
-def test_toy_equal_starts(toy, frozen):
-    layers = {name: toy.adapt(frozen, replace(method, r=9), 0).layers[1].o_proj
-              for name, method in toy.methods().items() if "o_proj" in method.target}
-    A, Wg = layers["HydraLoRA"].lora_A, layers["HydraLoRA"].router.weight
-    assert (Wg != A[:3]).any()
-    for layer in layers.values():
-        assert layer.scaling == 2
-        assert layer.num_heads == 1 or torch.equal(layer.router.weight, Wg)
+def test_toy_cut_model_is_the_model(toy, frozen, data):
+    tokens = F.pad(data.plain, (0, toy.LENGTH), value=toy.SYMBOLS)
+    close(toy.predict(frozen, data), frozen(tokens)[:, toy.LENGTH:])
+
+
+@parametrize("proportions", [(1.0, 1.0, 1.0), (85.0, 10.0, 5.0)])
+def test_toy_best_without_domain(proportions, toy):
+    _, new = toy.draw_ciphers(0)
+    data = toy.sample(9000, new, proportions, 3, "cpu")
+    pairs = (data.plain * 15 + data.targets).flatten()
+    counts = pairs.bincount(minlength=15 * 15).view(15, 15)
+    best = 100 * counts.amax(1).sum().item() / len(pairs)
+    assert toy.best_without_domain(new, proportions) == pytest.approx(best, abs=1)
+
+
+def test_toy_router_has_its_own_rate(toy):
+    model = nn.ParameterDict(dict(B=torch.zeros(1), router=torch.zeros(1)))
+    toy.train(model, lambda batch: sum(model.values()), 2 * [None], lr=1.0, router_rate=8.0)
+    assert model["router"].item() / model["B"].item() == pytest.approx(8, rel=0.3)
+
+
+def test_toy_trains_what_it_says(toy, data, compared):
+    all_trained = ("LoRA MoE", "LoRA MoE, same rank", "one A per head, shared B", "HydraLoRA")
+    untrained = dict.fromkeys(all_trained, set()) | {"HydraLoRA, random A": {"lora_A"}}
+    for name, method in toy.methods(3, 9).items():
+        found = compared[name]
+        trained = {key.split(".")[-1]: p for key, p in found.model.named_parameters()
+                   if p.requires_grad}
+        assert all(p.grad.any() for p in trained.values())
+        assert trained.keys() == {"lora_A", "lora_B", "weight"} - untrained.get(name, {"weight"})
+        assert found.lr == method.lr
+        equal = name not in ("LoRA, full rank", "LoRA MoE, same rank", "HydraLoRA, random A")
+        assert (2300 <= found.row.size <= 2560) == equal
+        logits = toy.predict(found.model, data, method.gates)
+        close(found.loss, F.cross_entropy(logits.flatten(0, 1), data.targets.flatten()))
+        correct = 100 * (logits.argmax(-1) == data.targets).float().mean(1)
+        assert found.row.accuracy == pytest.approx(correct.mean().item())
+        assert found.row.by_domain == pytest.approx(
+            [correct[data.domain == i].mean().item() for i in range(3)])
+
+
+def test_toy_equal_starts(toy, compared):
+    """Not those that would repeat the model's random numbers."""
+    ours = compared["HydraLoRA"].start
+    torch.manual_seed(0)
+    repeated = torch.empty_like(ours.lora_A).uniform_(-1 / 8, 1 / 8)
+    for start in (ours.lora_A[:3], ours.router.weight):
+        assert not torch.allclose(start, repeated[:3])
+    for layer in (found.start for found in compared.values()):
+        assert layer.num_heads != 3 or torch.equal(layer.router.weight, ours.router.weight)
         if isinstance(layer, toy.LoRAExperts):
             assert len(layer.lora_A[:, 0, 0].unique()) == 3
             assert 0.12 < layer.lora_A.abs().max() <= 1 / 8  # U(-1, 1) / sqrt(k)
         else:
-            assert torch.equal(layer.lora_A, A)
+            assert layer.r != 9 or torch.equal(layer.lora_A, ours.lora_A)
 
 
 @parametrize("name", ["LoRA MoE", "one A per head, shared B", "LoRA with a ReLU"])
-def test_toy_formula(name, toy, frozen):
-    layer = toy.adapt(frozen, toy.methods()[name], 0).layers[1].o_proj
-    A, B = (t.expand(layer.num_heads, -1, -1)
-            for t in (layer.lora_A, nn.init.normal_(layer.lora_B)))
+def test_toy_formula(name, compared):
+    layer = compared[name].model.layers[1].o_proj
+    A, B = (t.expand(layer.num_heads, -1, -1) for t in (layer.lora_A, layer.lora_B))
     x = torch.randn(2, 5, 64).to(DEVICE)
     z = torch.einsum("nrk,btk->btnr", A, x)
-    delta = torch.einsum(
-        "btn,ndr,btnr->btd", layer.router(x), B, z.relu() if "ReLU" in name else z)
-    close(layer(x) - layer.base(x), layer.scaling * delta, rtol=1e-4, atol=1e-4)
+    z = z.relu() if "ReLU" in name else z
+    delta = torch.einsum("btn,ndr,btnr->btd", layer.router(x), B, z)
+    close(layer(x) - layer.base(x), 2 * delta, rtol=1e-4, atol=1e-4)
+    layer.requires_grad_()(x).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
 
 
-def test_toy_fixed_gates(toy, task, frozen):
-    seen = []
-    toy.fine_tune(task, frozen, "", toy.Method(3, gates=lambda data, w: seen.append(len(w))))
-    assert seen == [toy.BATCH, toy.BATCH, toy.EVALUATION]
+def test_toy_fixed_gates(toy, data):
+    w = torch.rand(90, 2, 3)
+    close(toy.equal_gates(data, w), torch.full_like(w, 1 / 3))
+    close(toy.true_labels(data, w), torch.eye(3)[data.domain.cpu()][:, None].expand(w.shape))
 
 
-def test_toy_nmi_of_a_head_with_two_domains(toy):
-    group = torch.arange(3).repeat(4)
-    w = F.one_hot(group.clamp(max=1)).float()
-    assert toy.nmi(w, group) == pytest.approx(0.7337, abs=1e-4)
+def test_toy_merges_each_sequence(toy, data, compared):
+    model = compared["HydraLoRA"].model
+    found = [toy.accuracy(merge_hydralora(copy.deepcopy(model), w[0]), data[i:i + 1])
+             for i, w in enumerate(toy.gates_of(model, data))]
+    each, _ = toy.merge_both_ways(model, data).values()
+    assert each == pytest.approx(torch.cat(found).mean().item(), abs=0.05)
 
 
-@parametrize("name, gates, nmi", [
-    ("LoRA-Split", torch.eye(3), 1), ("HydraLoRA without router", torch.ones(3, 3) / 3, 0)])
-def test_toy_look_inside(name, gates, nmi, toy, task, model):
-    with hook_gates(model, lambda _, w: toy.methods()[name].gates(task.test, w)):
-        found = toy.look_inside(model, task.test)
-    close(torch.tensor(found["gates"]), gates, rtol=0, atol=1e-4)
-    assert found["nmi"] == pytest.approx(nmi, abs=1e-4)
-    assert not torch.tensor(found["lost"])[gates == 0].any()
+def test_toy_follows_its_options(toy, monkeypatch):
+    def sample(*arguments, draw=toy.sample):
+        _, ciphers, proportions, seed, _ = arguments
+        sampled[seed] = ciphers, proportions
+        return draw(*arguments)
+
+    sampled = {}
+    for name, value in dict(PRETRAIN_STEPS=1, STEPS=1, TEST=90, sample=sample).items():
+        monkeypatch.setattr(toy, name, value)
+    options = ("--all --heads 4 --rank 5 --lr 0.1 --router-rate 8 --target down_proj "
+               f"--proportions 85 10 5 --device {DEVICE}")
+    rows = toy.run(3, toy.parse(options.split())).rows
+    expected = toy.methods(4, 5, "down_proj")
+    assert {name: row.method for name, row in rows.items()} == {
+        name: replace(method, lr=0.1, router_rate=8) for name, method in expected.items()}
+    old, new = toy.draw_ciphers(3)
+    for (ciphers, proportions), said in zip(sampled.values(), (new, new, old), strict=True):
+        assert torch.equal(ciphers, said) and proportions == [85, 10, 5]
 
 
-def test_toy_merges_each_sequence(toy, task, model):
-    with record_gates(model) as gates:
-        toy.predict(model, task.test)
-    last_plaintext = gates["layers.1.o_proj"][:, toy.LENGTH - 1]  # (count, n)
-    merged = [toy.accuracy(merge_hydralora(copy.deepcopy(model), w), task.test[i:i + 1])
-              for i, w in enumerate(last_plaintext)]
-    found = toy.merge_both_ways(task, model)
-    right = torch.cat(merged).mean().item()
-    assert found["each_sequence"] == pytest.approx(right, abs=0.05)
-    intact = toy.accuracy(model, task.test).mean().item()
-    assert min(abs(each - right) for each in (intact, found["all"])) > 0.1
+def test_toy_prints_means(toy, monkeypatch, capsys):
+    def run(seed, options):
+        theirs = {5: 92.0, 6: 95.0, 7: 96.0}[seed]
+        rows = {name: SimpleNamespace(size=2560, accuracy=accuracy, by_domain=[90, 80, 10 * seed])
+                for name, accuracy in {"LoRA": theirs, "HydraLoRA": 94.0}.items()}
+        return SimpleNamespace(rows=rows, numbers={"NMI": seed})
 
-
-def test_toy_run(toy, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    failed = run_toy(
-        toy, monkeypatch, "--seed 1 --heads 4 --proportions 85 10 5 --check --json file")
-    result = json.loads(Path("file").read_text())
-    assert (result["seed"], result["num_heads"]) == (1, 4)
-    assert result["floor"] == toy.Task(1, DEVICE, result["proportions"]).floor() > 80
-    assert failed and not all(result["checks"].values())
-
-
-def test_toy_cost(toy, monkeypatch):
-    class Timer:
-        def __init__(self, statement, globals):
-            outputs.append(globals["way"](globals["x"]))
-            self.timeit = lambda number, time=len(outputs): SimpleNamespace(median=time)
-
-    outputs = []
-    monkeypatch.setattr(toy, "Timer", Timer)
-    monkeypatch.setattr(toy, "COST_SIZES", [(5, 16, 2, 3)])
-    monkeypatch.setattr(nn.init, "zeros_", nn.init.normal_)
-    assert toy.cost(DEVICE) == [dict(tokens=5, width=16, r=2, n=3, layer=2.0, loop=3.0)]
-    close(outputs[2], outputs[1])
+    monkeypatch.setattr(toy, "run", run)
+    monkeypatch.setattr(torch, "set_num_threads", id)
+    monkeypatch.setattr(
+        sys, "argv", "x --device cpu --seed 5 --seeds 3 --proportions 85 10 5".split())
+    toy.main()
+    assert capsys.readouterr().out.splitlines()[3:] == [
+        "| LoRA | 2,560 | 94.3 | -0.3 +- 2.1 | 1/3 | 60, 50 |",
+        "| HydraLoRA | 2,560 | 94.0 |  |  | 60, 50 |", "", "NMI: mean 6.00, least 5.00"]
 
 
 @parametrize("options", [
-    "--table --check", "--tune --proportions 2 1 1", "--heads 0", "--json /no/x", "--device x",
-    "--proportions 1 1 0", "--proportions 1 nan 1"])
-def test_toy_refuses(options, toy, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(toy, "all_seeds", None)  # nothing is to run
-    Path("old").write_text("x")
+    "--heads 0", "--seeds 0", "--rank 0", "--router-rate inf", "--lr nan", "--proportions 98 1 1",
+    "--proportions 1 nan 1", "--device x", "--device meta", "--target q_proj"])
+def test_toy_refuses(options, toy, capsys):
     with pytest.raises(SystemExit, match="2"):
-        run_toy(toy, monkeypatch, f"--json old {options}")
-    assert Path("old").read_text() == "x"
+        toy.parse(options.split())
+    option, *_ = options.split()
+    assert re.search(f"\n.*error: .*{option}.*\n$", capsys.readouterr().err)
+
+
+@pytest.fixture(scope="session")
+def seed_0(toy):
+    """A real run of two methods."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "MAIN_RUN", ("LoRA", "HydraLoRA"))
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            results = toy.run(0, toy.parse(["--device", "cpu"]))
+    torch.set_num_threads(threads)
+    return SimpleNamespace(**vars(results), output=output.getvalue())
+
+
+def test_toy_learns(seed_0):
+    """Other rounding changes less than this."""
+    assert seed_0.rows["LoRA"].accuracy == pytest.approx(78.7, abs=1)
+    assert seed_0.rows["HydraLoRA"].accuracy == pytest.approx(96.6, abs=1)
+    assert [*seed_0.inside.course] == [0, 5, 10, 20, 100, 400]
+    nmi, accuracy = zip(*seed_0.inside.course.values())
+    assert nmi == pytest.approx([0.04, 0.53, 0.87, 0.93, 0.98, 0.98], abs=0.02)
+    assert accuracy == pytest.approx([18, 18, 14, 11, 75, 97], abs=2)
+    own = F.one_hot(seed_0.inside.gates.argmax(1)).bool()
+    assert seed_0.inside.lost[own].min() > 60 and seed_0.inside.lost[~own].max() < 2
+    best, _, each, once = seed_0.numbers.values()
+    assert best == pytest.approx(70, abs=0.05)
+    assert each == pytest.approx(96.5, abs=1)
+    assert once == pytest.approx(35, abs=4)
+    assert re.findall("yes|NO|Using .*", seed_0.output) == ["Using 3 heads.", "yes", "yes"]
+
+
+def test_toy_prints_its_answers(toy, seed_0):
+    """On seed 0, e becomes o in domain 0 and j in domain 1, as the toy's docstring says."""
+    _, new = toy.draw_ciphers(0)
+    assert toy.LETTERS[new[0, 4]] + toy.LETTERS[new[1, 4]] == "oj"
+    for domain in range(3):
+        plain, answers, heads = re.search(
+            rf"domain {domain} (.*)\n   answer  (.*)\n   head     (.*)\n", seed_0.output).groups()
+        plain = [toy.LETTERS.index(letter) for letter in plain.split()]
+        correct = [toy.LETTERS[answer] for answer in new[domain, plain]]
+        assert sum(a == b for a, b in zip(correct, answers[1::2], strict=True)) > 26
+        assert set(heads.split()) == {str(seed_0.inside.gates[domain].argmax().item())}
 
 
 # ---- README ----
@@ -1756,31 +1801,46 @@ def test_readme_definition_is_right(example):
             run_check("plain", function, dtypes)
 
 
-def test_readme_table_is_that_of_the_code(readme, toy, capsys, monkeypatch):
-    seed = toy.experiment(0, DEVICE, 3, names=toy.methods())
-    monkeypatch.setattr(toy, "all_seeds", lambda *_: [seed, seed])
-    toy.table(DEVICE)
-    printed = capsys.readouterr().out
-    row = r"^\| (.*) \| ([\d,]+) \| ([\d.]+) \| ([-+\d.]*)"
-    rows = re.findall(row, readme, re.M)
-    assert [(name, size) for name, size, *_ in rows] == [
-        (name, size) for name, size, *_ in re.findall(row, printed, re.M)]
-    accuracies = {name: float(accuracy) for name, _, accuracy, _ in rows}
-    for name, _, accuracy, lead in rows:
-        ours = accuracies[toy.methods()[name].partner]
-        assert float(lead or 0) == pytest.approx(ours - float(accuracy), abs=0.11)
-    assert toy.lead([92, 93, 94], [90, 89, 94]) == "+2.0 +- 2.0 | 2/3"
+def test_readme_output_is_that_of_a_run(readme, seed_0):
+    """Up to another CPU's rounding, which changes numbers of two digits or more."""
+    def agree(said, found):
+        return said == found or len(said) > 1 and re.sub(r"[\d.]", "", said + found) == "" and (
+            abs(float(said) - float(found)) <= (0.03 if "." in said else 3))
+
+    block = re.search(r"```text\n(   after steps.*?)```", readme, re.S)[1]
+    printed = [line.split() for line in seed_0.output.splitlines()]
+    for said in filter(None, (line.removesuffix(" ...").split() for line in block.splitlines())):
+        assert any(len(said) <= len(line) and all(map(agree, said, line)) for line in printed), said
 
 
-@pytest.mark.skipif("TOY_RESULT" not in os.environ, reason="needs train_toy.py --json's file")
-def test_readme_numbers_of_seed_0_are_those_of_a_run(readme):
-    """Up to another CPU's rounding."""
-    result = json.loads(Path(os.environ["TOY_RESULT"]).read_text())
-    rows = re.findall(r"^\| domain \d \|(.*)", readme, re.M)
-    for row, gates, lost in zip(rows, result["gates"], result["lost"], strict=True):
-        numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", row)]
-        assert numbers[::2] == pytest.approx(gates, abs=0.02)
-        assert numbers[1::2] == pytest.approx(lost, abs=3)
-    assert result["nmi"] == pytest.approx(0.98, abs=0.03)
-    for name, accuracy in {"LoRA": 78, "HydraLoRA": 96}.items():
-        assert result["methods"][name]["accuracy"] == pytest.approx(accuracy, abs=2)
+TABLE = "python train_toy.py --seed 1100 --seeds 20 --all"
+
+
+def toy_table(text):
+    """The rows of the toy's table: method -> (parameters, accuracy, lead)."""
+    _, header, text = text.partition("| method | parameters | accuracy (%) |")
+    assert header, "no table of the toy"
+    table, *_ = text.partition("\n\n")
+    rows = re.findall(r"^\| (.+?) \| ([\d,]+) \| ([\d.]+) \| ([-+\d.]*)", table, re.M)
+    return {name: (size, float(accuracy), float(lead or 0)) for name, size, accuracy, lead in rows}
+
+
+def test_readme_table_has_the_methods_of_the_code(readme, toy, compared):
+    table = toy_table(readme)
+    assert TABLE in readme
+    assert [(name, size) for name, (size, *_) in table.items()] == [
+        (name, f"{found.row.size:,}") for name, found in compared.items()]
+    for name, (_, accuracy, lead) in table.items():
+        assert lead == pytest.approx(table["HydraLoRA"][1] - accuracy, abs=0.11)
+
+
+@pytest.mark.skipif("TOY_TABLE" not in os.environ, reason="20 minutes: set TOY_TABLE=1")
+def test_readme_table_is_that_of_a_run(readme):
+    command = [sys.executable, *TABLE.split()[1:], "--device", "cpu"]
+    run = subprocess.run(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True)
+    print(run.stdout)
+    found, said = toy_table(run.stdout), toy_table(readme)
+    assert [*found] == [*said]
+    for name, (size, accuracy, lead) in said.items():
+        assert found[name][0] == size
+        assert found[name][1:] == pytest.approx((accuracy, lead), abs=1.0), name

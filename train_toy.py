@@ -1,154 +1,182 @@
 # SPDX-License-Identifier: MIT
 # SPDX-FileCopyrightText: 2026 the "HydraLoRA in one file" authors
-"""Do the heads of HydraLoRA specialise, and what are the heads and the router worth?
+"""Do the heads of HydraLoRA specialise, and what are A, the heads and the router worth?
 
-    python train_toy.py             the experiment: a minute on a CPU
-    python train_toy.py --table     README's table, twenty seeds: half an hour on two cores
-    python train_toy.py --tune      the learning rates, ten seeds: 40 minutes on two cores
-    python train_toy.py --cost      the time of the layer: two minutes
+    python train_toy.py                                 one run: half a minute on a CPU
+    python train_toy.py --seed 1100 --seeds 20 --all    README's table: 15 minutes
+    python train_toy.py --seeds 10 --all --lr 0.16      all methods at this learning rate
 
---proportions 85 10 5 --heads 3 makes two domains rare (k-means would find two domains).
-The function `experiment` shows the whole run.
+Options can be combined: for example, --seeds 3 --proportions 85 10 5 --heads 3 makes two
+of the domains rare, and also prints the means of three seeds. To read the code, start at
+`run`, which is the whole experiment on one seed.
 
 Sequences come from hidden domains, each with its own substitution cipher:
 
     input:   d b d d a d ...  ? ? ? ? ? ? ...    plaintext, then as many question marks
     target:                   k f k k c k ...    the same symbols, enciphered
 
-A transformer learns one set of ciphers and is frozen. Adapters then learn new ciphers.
+A transformer learns one set of ciphers and is frozen. Then adapters learn new ciphers.
 
-The task is designed so that a router helps. Each domain uses its own third of the symbols
-more often, which tells the domains apart. In pre-training, an auxiliary loss makes the
-first block predict the plaintext symbol. So the attention of the last block only has to
-find out the domain. The adapters are on the o_proj of this attention. Their input x
-contains what it has found.
+The task is designed so that a router helps. Each domain uses its own third of the
+symbols (every third letter) more often, so that a sequence shows its domain. In
+pre-training, an auxiliary loss makes the first block predict the plaintext symbol, so
+that the attention of the last block is free to find out the domain. The adapters are on
+the o_proj of this attention, and so their input x contains the domain.
 
-Why a LoRA is not enough: the right answer depends on domain and symbol together. On seed
-0, for example, e becomes o in domain 0 and j in domain 1. But x is nearly a domain part
-plus a symbol part, and so B A x is such a sum too. Only the frozen MLP behind it can then
+Why a LoRA is not enough: the correct answer depends on domain and symbol together. On
+seed 0, for example, e becomes o in domain 0 and j in domain 1. But x is nearly a domain
+part plus a symbol part, and so is B A x, so that only the frozen MLP after it could
 combine the two. A ReLU after A, or gates made from x, combine them in the update itself.
 """
 import argparse
 import copy
-import json
 import math
-import multiprocessing
-import os
-import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from statistics import mean, median, stdev
+from statistics import mean, stdev
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from hydralora import (
     HydraLoRALinear, TinyConfig, TinyTransformer, hook_gates, hydralora_layers, inject_hydralora,
-    mean_gates, merge_hydralora, num_heads_from_corpus, record_gates)
+    merge_hydralora, num_heads_from_corpus, record_gates)
 
 # ---- Settings ----
 DOMAINS = 3
-PROPORTIONS = [1] * DOMAINS  # how often each domain occurs
+EQUAL = [1.0] * DOMAINS  # how often each domain occurs
 SYMBOLS = 15  # 0 .. SYMBOLS - 1; the token SYMBOLS is the question mark
+LETTERS = "abcdefghijklmno?"
 PREFERENCE = 4  # how much more often a domain uses a symbol of its own third
 LENGTH = 32  # plaintext symbols in a sequence, enough to tell its domain
 BATCH = 24
 PRETRAIN_STEPS = 400  # on the old ciphers, all weights
 STEPS = 400  # on the new ciphers, the adapter alone
-EVALUATION = 500  # test sequences
+TEST = 500  # sequences
+WATCHED = (5, 10, 20, 100)  # the steps after which heads are watched, as at both ends
 AUXILIARY_WEIGHT = 2.0  # in pre-training; with 0, heads may follow symbols instead
-LETTERS = "abcdefghijklmno?"
 MODEL = TinyConfig(SYMBOLS + 1, 2 * LENGTH, num_attention_heads=8)
-RANK = 9  # r of HydraLoRA on o_proj; with 9, a LoRA MoE of equal size has an integer rank, 6
-MAIN_RUN = "LoRA", "LoRA with a ReLU", "HydraLoRA, random router", "LoRA MoE", "HydraLoRA"
-ROUTER_RATE = 8  # its learning rate / that of A and B; with 1, rare domains are learnt less
-TUNING_SEEDS = range(10)
-TABLE_SEEDS = range(960, 980)
-RATES = (0.02, 0.08, 0.16, 0.32)
-COST_SIZES = (2048, 1024, 8, 3), (2048, 1024, 8, 10), (512, 4096, 8, 3)  # tokens, width, r, n
+RANK = 9  # r of HydraLoRA; with 9, a LoRA MoE of equal size has an integer rank, 6
+MAIN_RUN = ("LoRA", "LoRA with a ReLU", "HydraLoRA, random router", "HydraLoRA, random A",
+            "LoRA MoE", "HydraLoRA")  # of `methods`; --all adds the others
 
 
 # ---- The data ----
-@dataclass
-class Data:
-    tokens: torch.Tensor   # (count, 2 LENGTH): plaintext, question marks
-    targets: torch.Tensor  # (count, LENGTH): ciphertext
-    domain: torch.Tensor   # (count,)
+class Data(SimpleNamespace):
+    """Tensors that have a row for each sequence: plain and targets (count, LENGTH), and
+    domain (count,). `encode` adds x and h (count, LENGTH, width)."""
 
-    def __getitem__(self, index):
-        return Data(self.tokens[index], self.targets[index], self.domain[index])
+    def __getitem__(self, rows):
+        return Data(**{name: t[rows] for name, t in vars(self).items()})
 
-
-class Task:
-    """Old and new ciphers, and sequences drawn from them."""
-
-    def __init__(self, seed, device, proportions=PROPORTIONS):
-        self.seed = seed
-        self.device = device
-        self.proportions = torch.tensor(proportions) / sum(proportions)
-        own = torch.arange(SYMBOLS) % DOMAINS == torch.arange(DOMAINS)[:, None]
-        self.frequencies = F.normalize(torch.where(own, PREFERENCE, 1.0), p=1)
-        generator = torch.Generator().manual_seed(seed)
-        ciphers = [torch.randperm(SYMBOLS, generator=generator) for _ in range(2 * DOMAINS)]
-        self.old, self.new = torch.stack(ciphers).split(DOMAINS)  # (domains, symbols)
-        self.training = self.sample(STEPS * BATCH, self.new, stream=1)
-        self.test = self.sample(EVALUATION, self.new, stream=2)
-
-    def sample(self, count, ciphers, stream):
-        generator = torch.Generator().manual_seed(1000 * self.seed + stream)
-        domain = self.proportions.multinomial(count, True, generator=generator)
-        plain = self.frequencies[domain].multinomial(LENGTH, True, generator=generator)
-        tokens = F.pad(plain, (0, LENGTH), value=SYMBOLS)
-        targets = ciphers[domain[:, None], plain]
-        return Data(tokens.to(self.device), targets.to(self.device), domain.to(self.device))
-
-    def floor(self):
-        """The best accuracy without knowing the domain: each symbol's likeliest answer."""
-        answers = F.one_hot(self.new, SYMBOLS) * self.frequencies[..., None]
-        answers = torch.einsum("d,dsa->sa", self.proportions, answers)  # (symbols, answers)
-        return 100 * answers.amax(-1).sum().item()
+    def batches(self):
+        return [self[i:i + BATCH] for i in range(0, len(self.domain), BATCH)]
 
 
-# ---- Training, and the frozen model ----
-def train(loss_of, model, lr, data):
-    """One pass over the data by AdamW. Prints the loss, loss_of(batch), every 100 steps."""
+def draw_ciphers(seed):
+    """The old and the new ciphers: each (DOMAINS, SYMBOLS), symbol -> answer."""
+    generator = torch.Generator().manual_seed(seed)
+    ciphers = [torch.randperm(SYMBOLS, generator=generator) for _ in range(2 * DOMAINS)]
+    return torch.stack(ciphers).split(DOMAINS)
+
+
+def symbol_frequencies():
+    own = torch.arange(SYMBOLS) % DOMAINS == torch.arange(DOMAINS)[:, None]
+    return F.normalize(torch.where(own, PREFERENCE, 1.0), p=1)  # (DOMAINS, SYMBOLS)
+
+
+def sample(count, ciphers, proportions, seed, device):
+    generator = torch.Generator().manual_seed(seed)
+    domain = torch.tensor(proportions).multinomial(count, True, generator=generator)
+    plain = symbol_frequencies()[domain].multinomial(LENGTH, True, generator=generator)
+    targets = ciphers[domain[:, None], plain]
+    return Data(plain=plain.to(device), targets=targets.to(device), domain=domain.to(device))
+
+
+def best_without_domain(ciphers, proportions):
+    """The best accuracy without knowing the domain: each symbol's likeliest answer."""
+    p = torch.tensor(proportions) / sum(proportions)
+    answers = F.one_hot(ciphers, SYMBOLS) * symbol_frequencies()[..., None]
+    answers = torch.einsum("d,dsa->sa", p, answers)  # (symbols, answers)
+    return 100 * answers.amax(-1).sum().item()
+
+
+# ---- The model, cut at the adapter, so that the frozen part before it runs only once ----
+def encode(model, data):
+    """Adds the input x of the last o_proj, and h, to which its output is added. Both are
+    those at the question marks."""
+    first, last = model.layers
+    h = first(model.embed(F.pad(data.plain, (0, LENGTH), value=SYMBOLS)))
+    x = last.attention(h)  # (count, 2 LENGTH, width)
+    x, h = x[:, LENGTH:].clone(), h[:, LENGTH:].clone()  # copies, so that the rest is freed
+    return Data(**vars(data), x=x, h=h)
+
+
+def predict(model, data, gates=None):
+    """The rest of the model: logits (count, LENGTH, vocab_size).
+
+    gates(data, w), if given, replaces the router's w (count, LENGTH, n).
+    """
+    last = model.layers[1]
+    with hook_gates(model, lambda name, w: gates(data, w)) if gates else nullcontext():
+        h = data.h + last.o_proj(data.x)
+        h = h + last.mlp(h)
+    return model.lm_head(model.norm(h))
+
+
+@torch.no_grad()
+def accuracy(model, data, gates=None):
+    """Percent of correct symbols in each sequence: (count,)."""
+    return 100 * (predict(model, data, gates).argmax(-1) == data.targets).float().mean(1)
+
+
+def by_domain(values, data):
+    """values (count, ...) -> the mean of each domain: (DOMAINS, ...)."""
+    return torch.stack([values[data.domain == i].mean(0) for i in range(DOMAINS)])
+
+
+# ---- Training ----
+def train(model, loss_of, batches, lr, router_rate=1.0, snapshots=None):
+    """One pass over the batches by AdamW. Prints loss_of(batch) after 0, 100, ... steps.
+
+    A router learns at router_rate * lr. If snapshots is a dict, it gets copies of the
+    model: number of steps -> model.
+    """
     routers = [p for name, p in model.named_parameters() if "router" in name]
     others = [p for name, p in model.named_parameters() if "router" not in name]
     optimizer = torch.optim.AdamW(
         [dict(params=others), dict(params=routers)], betas=(0.9, 0.95), weight_decay=0.1)
-    steps = len(data.tokens) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(  # cycle_momentum would overwrite betas
-        optimizer, [lr, ROUTER_RATE * lr], total_steps=steps, cycle_momentum=False)
-    for step in range(steps):
-        loss = loss_of(data[step * BATCH:(step + 1) * BATCH])
+        optimizer, [lr, router_rate * lr], total_steps=len(batches), cycle_momentum=False)
+    for step, batch in enumerate(batches, 1):
+        loss = loss_of(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 100 == 0:
-            print(f"{loss.item():6.2f}", end="", flush=True)
+        if step % 100 == 1:
+            print(f"{loss.item():7.2f}", end="", flush=True)
+        if snapshots is not None and step in (*WATCHED, len(batches)):
+            snapshots[step] = copy.deepcopy(model)
 
 
-def pretrain(task):
-    """A transformer that knows the old ciphers, frozen."""
-    torch.manual_seed(task.seed)
-    model = TinyTransformer(MODEL).to(task.device)
-    first, last = model.layers
+def pretrain(seed, ciphers, proportions, device):
+    """A transformer that has learnt the ciphers, frozen."""
+    torch.manual_seed(seed)
+    model = TinyTransformer(MODEL).to(device)
 
     def loss_of(batch):
-        early = first(model.embed(batch.tokens))  # (b, 2 LENGTH, width)
-        late = last(early)
-        symbols = model.lm_head(model.norm(early[:, LENGTH:]))
-        answers = model.lm_head(model.norm(late[:, LENGTH:]))
-        auxiliary = F.cross_entropy(symbols.mT, batch.tokens[:, :LENGTH])
+        batch = encode(model, batch)
+        symbols = model.lm_head(model.norm(batch.h))
+        auxiliary = F.cross_entropy(symbols.mT, batch.plain)
+        answers = predict(model, batch)
         return F.cross_entropy(answers.mT, batch.targets) + AUXILIARY_WEIGHT * auxiliary
 
-    data = task.sample(PRETRAIN_STEPS * BATCH, task.old, stream=0)
-    print(f"   {'pre-training':27}", end="")
-    train(loss_of, model, 3e-3, data)
-    print("   with the auxiliary loss")
+    data = sample(PRETRAIN_STEPS * BATCH, ciphers, proportions, 1000 * seed, device)
+    train(model, loss_of, data.batches(), lr=3e-3)
     return model.requires_grad_(False)
 
 
@@ -181,11 +209,12 @@ class SharedB(LoRAExperts):
 
 
 class ReLULoRA(HydraLoRALinear):
-    """B ReLU(A x), without heads and router."""
+    """B ReLU(A x), for num_heads=1: a single head, whose gate w is 1."""
 
     def forward(self, x):
+        w = self.router(x)  # (..., 1), so that each parameter has a gradient
         z = F.linear(x, self.lora_A).relu()  # (..., r)
-        return self.base(x) + self.scaling * F.linear(z, self.lora_B[0])  # (..., d)
+        return self.base(x) + self.scaling * w * F.linear(z, self.lora_B[0])  # (..., d)
 
 
 def equal_gates(data, w):
@@ -193,383 +222,290 @@ def equal_gates(data, w):
 
 
 def true_labels(data, w):
-    return F.one_hot(data.domain, DOMAINS).to(w)[:, None].expand_as(w)  # (count, t, n)
+    return F.one_hot(data.domain, DOMAINS).to(w)[:, None].expand_as(w)  # (count, LENGTH, n)
 
 
 @dataclass
 class Method:
     """What is trained, and where."""
-    n: int = 1  # heads; a single head is a LoRA
-    r: int = RANK
+    n: int  # heads; a single head is a LoRA
+    r: int
+    lr: float  # its peak; the best of .02, .08, .16, .32, .64 (--seeds 10 --all --lr X)
     layer: type = HydraLoRALinear
     gates: Callable | None = None  # gates(data, w) in place of the router's w
-    train_router: bool = True
-    target: str = "layers.1.o_proj"
-    lr: float = 0.16
-    partner: str = "HydraLoRA"  # the row it is compared with in --table
+    random: str = ""  # the parameter that keeps its random start
+    target: str = "o_proj"  # in the last block
+    router_rate: float = 1.0  # the router's learning rate, divided by lr
 
 
-def methods(n=DOMAINS):
-    """Name -> Method, for n heads.
+def methods(n, r, target="o_proj"):
+    """Name -> Method, for n heads of rank r.
 
-    Ranks are set for about equal sizes: HydraLoRA has r k + n r d + n k parameters, a LoRA
-    r k + r d, with k = d in o_proj and k = 4 d in down_proj. Each lr is the one of RATES
-    with the best mean accuracy on TUNING_SEEDS (--tune).
+    Ranks are set for about HydraLoRA's size, r k + n r d + n k parameters, except where
+    a name says "full rank", "same rank", "random" or "true labels".
     """
-    lora_rank = math.ceil((RANK + n * RANK + n) / 2)
-    experts_rank = round(RANK * (1 + n) / (2 * n))
-    down_proj = dict(target="layers.1.down_proj", partner="HydraLoRA on down_proj", lr=0.08)
-    return {
-        "LoRA": Method(r=lora_rank, lr=0.08),
-        "LoRA, full rank": Method(r=MODEL.hidden_size, lr=0.08),
-        "LoRA with a ReLU": Method(r=lora_rank, layer=ReLULoRA),
-        "HydraLoRA without router": Method(n, gates=equal_gates),  # Fig. 6, w/o gate
-        "HydraLoRA, random router": Method(n, train_router=False),
-        "LoRA MoE": Method(n, experts_rank, LoRAExperts),
-        "LoRA MoE, same rank": Method(n, layer=LoRAExperts, lr=0.08),
-        "one A per head, shared B": Method(n, layer=SharedB),
-        "LoRA-Split": Method(DOMAINS, experts_rank, LoRAExperts, true_labels),
-        "HydraLoRA with true labels": Method(DOMAINS, gates=true_labels),
-        "HydraLoRA": Method(n, lr=0.32),
-        "LoRA on down_proj": Method(r=math.ceil((16 + 4 * n + 4 * n) / 5), **down_proj),
-        "HydraLoRA on down_proj": Method(n, r=4, **down_proj)}
+    width, inner = MODEL.hidden_size, MODEL.intermediate_size
+    k = inner if target == "down_proj" else width
+    d = inner if target == "up_proj" else width
+    size = r * k + n * r * d  # without a router, which a LoRA does not have
+    lora_rank = math.ceil((size + n * k) / (k + d))
+    experts_rank = max(1, round(size / (n * (k + d))))
+    shared_b_rank = max(1, round(size / (n * k + d)))
+    split_rank = max(1, round(size / (DOMAINS * (k + d))))
+    chosen = {
+        "LoRA": Method(1, lora_rank, 0.08),
+        "LoRA, full rank": Method(1, min(k, d), 0.08),
+        "LoRA with a ReLU": Method(1, lora_rank, 0.16, ReLULoRA),
+        "HydraLoRA, equal gates": Method(n, r, 0.16, gates=equal_gates),  # Fig. 6, w/o gate
+        "HydraLoRA, random router": Method(n, r, 0.16, random="router.weight"),
+        "HydraLoRA, random A": Method(n, r, 0.32, random="lora_A"),
+        "LoRA MoE": Method(n, experts_rank, 0.16, LoRAExperts),
+        "LoRA MoE, same rank": Method(n, r, 0.16, LoRAExperts),
+        "one A per head, shared B": Method(n, shared_b_rank, 0.16, SharedB),
+        "LoRA-Split": Method(DOMAINS, split_rank, 0.16, LoRAExperts, true_labels),
+        "HydraLoRA, true labels": Method(DOMAINS, r, 0.16, gates=true_labels),
+        "HydraLoRA": Method(n, r, 0.32)}
+    return {name: replace(method, target=target) for name, method in chosen.items()}
 
 
-# ---- The adapters ----
-def adapt(model, method, seed):
+def adapt(frozen, method, seed):
     """A copy of the model with an adapter.
 
-    With the same seed, adapters of equal n start from the same Wg, and adapters of equal r
-    from the same A (LoRAExperts draws its own A_i).
+    Methods with equal n start from the same Wg, and those with a single A of equal rank
+    from the same A. The seed of `pretrain` would repeat the model's random numbers.
     """
-    model = copy.deepcopy(model)
-    torch.manual_seed(seed)
-    inject_hydralora(model, [method.target], method.layer, num_heads=method.n, r=method.r,
-                     lora_alpha=2 * method.r)
+    model = copy.deepcopy(frozen)
+    torch.manual_seed(seed + 1_000_000)
+    inject_hydralora(model, f"layers.1.{method.target}", method.layer, num_heads=method.n,
+                     r=method.r, lora_alpha=2 * method.r)
     [layer] = hydralora_layers(model).values()
-    torch.manual_seed(seed + 1_000_000)  # Wg must not depend on r, nor repeat A's numbers
+    torch.manual_seed(seed + 2_000_000)
     layer.router.reset_parameters()
-    layer.router.requires_grad_(method.train_router and method.gates is None and method.n > 1)
+    layer.router.requires_grad_(method.n > 1 and method.gates is None)
+    if method.random:
+        layer.get_parameter(method.random).requires_grad_(False)
     return model
 
 
-def predict(model, data, gates=None):
-    """Logits at the question marks (count, LENGTH, vocab_size).
+def fine_tune(frozen, method, batches, seed, snapshots=None):
+    """A copy of the model with an adapter that has learnt the new ciphers."""
+    model = adapt(frozen, method, seed)
+    train(model,
+          lambda batch: F.cross_entropy(predict(model, batch, method.gates).mT, batch.targets),
+          batches, method.lr, method.router_rate, snapshots)
+    return model
 
-    gates(data, w), if given, replaces the router's w (count, t, n).
-    """
-    if gates is None:
-        return model(data.tokens)[:, LENGTH:]
-    with hook_gates(model, lambda name, w: gates(data, w)):
-        return model(data.tokens)[:, LENGTH:]
+
+# ---- The four steps, each of which prints what it finds ----
+def choose_n(training, heads):
+    """N: heads, or if this is None, as many as k-means finds domains."""
+    print("1. How many heads?\n")
+    found, sse = num_heads_from_corpus(training.plain[:600].tolist())
+    n = heads or found
+    print("   k-means on the plaintexts, error (SSE) with 1, 2, ... centres:")
+    print("  ", *map(round, sse))
+    print(f"   From {found} on, it hardly falls. Using {n} heads.\n")
+    return n
+
+
+@dataclass
+class Row:
+    """What a method reaches. Accuracies are in percent."""
+    method: Method
+    size: int  # trained parameters
+    accuracy: float
+    by_domain: list
+
+
+def compare(frozen, chosen, batches, test, seed):
+    """Returns name -> Row, and copies of HydraLoRA's model: number of steps -> model."""
+    width = max(map(len, chosen))
+    print("2. What do adapters learn?\n")
+    print(f"   {'':{width}}loss after 0, 100, ... steps  parameters  accuracy (%)  by domain")
+    rows, snapshots = {}, {0: adapt(frozen, chosen["HydraLoRA"], seed)}
+    for name, method in chosen.items():
+        print(f"   {name:{width}}", end="")
+        model = fine_tune(
+            frozen, method, batches, seed, snapshots if name == "HydraLoRA" else None)
+        size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        correct = accuracy(model, test, method.gates)  # (count,)
+        domains = by_domain(correct, test).tolist()
+        rows[name] = Row(method, size, correct.mean().item(), domains)
+        print(f"{size:12,}{rows[name].accuracy:14.1f}", *map("{:4.0f}".format, domains))
+    return rows, snapshots
 
 
 @torch.no_grad()
-def accuracy(model, data, gates=None):
-    """Percent of correct symbols in each sequence: (count,)."""
-    return 100 * (predict(model, data, gates).argmax(-1) == data.targets).float().mean(1)
-
-
-def group_means(values, group, groups):
-    """values (m, ...), group (m,) -> the mean of each group: (groups, ...)."""
-    return torch.stack([values[group == i].mean(0) for i in range(groups)])
-
-
-def fine_tune(task, frozen, name, method):
-    """A copy of the model that has learnt the new ciphers, and its results. Prints a row."""
-    model = adapt(frozen, method, task.seed)
-
-    def loss_of(batch):
-        return F.cross_entropy(predict(model, batch, method.gates).mT, batch.targets)
-
-    print(f"   {name:27}", end="")
-    train(loss_of, model, method.lr, task.training)
-    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    reached = accuracy(model, task.test, method.gates)  # (count,)
-    by_domain = group_means(reached, task.test.domain, DOMAINS).tolist()
-    result = dict(size=size, accuracy=reached.mean().item(), by_domain=by_domain)
-    print("{size:13,}{accuracy:11.1f}   ".format(**result), *map("{:3.0f}".format, by_domain))
-    return model, result
-
-
-# ---- A look inside ----
-@torch.no_grad()
-def variance_shares(model, data):
-    """Two-way ANOVA, by domain and symbol, of the mean input x of the last o_proj."""
-    inputs = []
-    with model.layers[-1].o_proj.register_forward_pre_hook(lambda _, x: inputs.extend(x)):
+def gates_of(model, data):
+    """w (count, LENGTH, n) of the only HydraLoRA layer."""
+    with record_gates(model) as gates:
         predict(model, data)
-    x = inputs[0][:, LENGTH:].flatten(0, 1)  # (tokens, width)
-    pair = (data.domain[:, None] * SYMBOLS + data.tokens[:, :LENGTH]).flatten()
-    means = group_means(x, pair, DOMAINS * SYMBOLS)
-    means = means.unflatten(0, (DOMAINS, SYMBOLS)) - means.mean(0)  # (domains, symbols, width)
-    domain = means.mean(1, keepdim=True)
-    symbol = means.mean(0, keepdim=True)
-    parts = dict(domain=domain, symbol=symbol, interaction=means - domain - symbol)
-    return {name: (part.square().mean() / means.square().mean()).item()
-            for name, part in parts.items()}
+    return [*gates.values()][0]
 
 
-def nmi(w, group):
-    """Normalised mutual information, 2 I(group; head) / (H(group) + H(head)), of each
-    token's group (tokens,) and a head drawn from its gates w (tokens, n)."""
-    def entropy(p):
-        return torch.special.entr(p).sum().item()
+def nmi(w, domain):
+    """Normalised mutual information of domain and head, if each token's head is drawn
+    with the probabilities w (count, LENGTH, n): 2 I(domain; head) / (H(domain) + H(head)).
 
-    joint = F.one_hot(group).to(w).T @ w / len(w)  # (groups, n)
-    of_both = entropy(joint.sum(1)) + entropy(joint.sum(0))
-    return 2 * (of_both - entropy(joint)) / of_both
-
-
-def ablate_heads(model, data, n):
-    """Points of accuracy that each domain loses without each head: (domains, n)."""
-    intact = accuracy(model, data)
-    lost = []
-    for others in 1 - torch.eye(n, device=intact.device):
-        ablated = accuracy(model, data, lambda data, w: w * others)
-        lost.append(group_means(intact - ablated, data.domain, DOMAINS))
-    return torch.stack(lost, dim=1)
+    0: independent. 1: each determines the other.
+    """
+    joint = F.one_hot(domain).to(w).T @ w.mean(1) / len(w)  # (domains, n)
+    of_domain, of_head, of_both = (
+        torch.special.entr(p).sum().item() for p in (joint.sum(1), joint.sum(0), joint))
+    return 2 * (of_domain + of_head - of_both) / (of_domain + of_head or 1.0)
 
 
-def examples(data, answers, heads):
-    """A sequence of each domain: plaintext, answer (* before an error), head."""
-    shown = []
+def print_examples(model, data, w):
+    answers = predict(model, data).argmax(-1)  # (count, LENGTH)
     for domain in range(DOMAINS):
         i = data.domain.tolist().index(domain)
         marks = ["*" if wrong else " " for wrong in answers[i] != data.targets[i]]
-        shown.append(dict(
-            plaintext="".join(" " + LETTERS[a] for a in data.tokens[i, :LENGTH]),
-            answer="".join(mark + LETTERS[a] for mark, a in zip(marks, answers[i])),
-            head="".join(f"{head:2}" for head in heads[i].tolist())))
-    return shown
+        print(f"   domain {domain}", *(f" {LETTERS[symbol]}" for symbol in data.plain[i]), sep="")
+        print("   answer  ", *(mark + LETTERS[a] for mark, a in zip(marks, answers[i])), sep="")
+        print("   head    ", *(f" {head}" for head in w[i].argmax(-1).tolist()), "\n", sep="")
 
 
-@torch.no_grad()
-def look_inside(model, data):
-    """A dict: mean gates and accuracy lost without each head, both (domains, n), and more."""
-    with record_gates(model) as gates:
-        answers = predict(model, data).argmax(-1)  # (count, LENGTH)
-    [w] = gates.values()
-    w = w[:, LENGTH:]  # (count, LENGTH, n)
-    domain = data.domain.repeat_interleave(LENGTH)  # (tokens,)
-    return dict(
-        examples=examples(data, answers, w.argmax(-1)),
-        gates=group_means(w.mean(1), data.domain, DOMAINS).tolist(),
-        lost=ablate_heads(model, data, w.shape[-1]).tolist(),
-        nmi=nmi(w.flatten(0, 1), domain))
+def look_inside(snapshots, test):
+    print("\n3. Do HydraLoRA's heads specialise by domain?\n")
+    course = {step: (nmi(gates_of(model, test), test.domain), accuracy(model, test).mean().item())
+              for step, model in snapshots.items()}
+    print("   NMI of head and domain (0: independent, 1: each determines the other):\n")
+    shared, correct = zip(*course.values())
+    print("   after steps ", *map("{:5}".format, course))
+    print("   NMI         ", *map("{:5.2f}".format, shared))
+    print("   accuracy (%)", *map("{:5.0f}".format, correct))
+
+    print("\n   A sequence of each domain, the answer (* before an error), and the head with the\n"
+          "   largest gate:\n")
+    model = snapshots[STEPS]
+    w = gates_of(model, test)
+    n = w.shape[-1]
+    print_examples(model, test, w)
+
+    gates = by_domain(w.mean(1), test)  # (DOMAINS, n)
+    intact, lost = accuracy(model, test), []
+    for others in 1 - torch.eye(n, device=w.device):
+        without = accuracy(model, test, lambda data, w: w * others)
+        lost.append(by_domain(intact - without, test))
+    lost = torch.stack(lost, dim=1)  # (DOMAINS, n)
+    print("   Mean gate of each head, and points of accuracy that are lost without it:\n")
+    print("           ", *(f"  head {i}   " for i in range(n)), sep="|")
+    for domain in range(DOMAINS):
+        cells = zip(gates[domain], lost[domain])
+        print(f"   domain {domain} ", *(f" {w_i:.2f} {points:5.1f} " for w_i, points in cells),
+              sep="|")
+    return SimpleNamespace(course=course, nmi=nmi(w, test.domain), gates=gates, lost=lost)
 
 
-def print_inside(examples, gates, lost, nmi):
-    print("   One sequence of each domain, the model's answer (* before an error), and the head\n"
-          "   with the largest gate (which head takes which domain is chance):\n")
-    for i, shown in enumerate(examples):
-        print(f"   domain {i} {shown['plaintext']}\n   answer   {shown['answer']}\n"
-              f"   head     {shown['head']}\n")
-    print("   Mean gate of each head, and accuracy (in points) lost without that head:\n\n"
-          "            |", "      | ".join(f"head {i}" for i in range(len(gates[0]))))
-    for i in range(DOMAINS):
-        points = [round(value, 1) + 0.0 for value in lost[i]]  # 0.0 for -0.0
-        print(f"   domain {i}", *map("{:.2f} {:6.1f}".format, gates[i], points), sep=" | ")
-    print(f"\n   Normalised mutual information (NMI) of head and domain: {nmi:.2f}\n"
-          "   (0: independent, 1: each determines the other)")
+def merge_both_ways(model, test):
+    print("\n4. What is left after merging, which needs the same gates for all tokens?\n")
+    w = gates_of(model, test)
+    # One w for all tokens of a sequence computes the same as a merge for this sequence.
+    each = accuracy(model, test, lambda data, w: w[:, :1].expand_as(w)).mean().item()
+    merged = merge_hydralora(copy.deepcopy(model), w.mean((0, 1)))
+    once = accuracy(merged, test).mean().item()
+    print(f"   not merged                {accuracy(model, test).mean():6.1f}%\n"
+          f"   merged for each sequence  {each:6.1f}%, with the gates of its first question mark\n"
+          f"   merged once, for all      {once:6.1f}%, with the mean gates of these sequences\n")
+    return {"merged for each sequence (%)": each, "merged once, for all (%)": once}
 
 
-# ---- Merging ----
-def merge_both_ways(task, model):
-    """The accuracy with a merge for each sequence, and with one merge for all.
+def run(seed, options):
+    """The experiment on one seed."""
+    print(f"HydraLoRA on {DOMAINS} hidden domains, each with a cipher: seed {seed}\n")
+    old, new = draw_ciphers(seed)
+    training = sample(STEPS * BATCH, new, options.proportions, 1000 * seed + 1, options.device)
+    test = sample(TEST, new, options.proportions, 1000 * seed + 2, options.device)
 
-    A merge for each sequence is imitated by constant gates, which compute the same: the w
-    of the sequence's last plaintext symbol.
-    """
-    def of_last_plaintext(data, w):
-        return w[:, LENGTH - 1:LENGTH].expand_as(w)  # (count, t, n)
-
-    gates = mean_gates(model, [task.training.tokens[:1000]])
-    merged = merge_hydralora(copy.deepcopy(model), gates)
-    reached = dict(
-        each_sequence=accuracy(model, task.test, of_last_plaintext),
-        all=accuracy(merged, task.test))  # each (count,)
-    return {way: values.mean().item() for way, values in reached.items()}
-
-
-# ---- The run ----
-def experiment(seed, device, heads=None, names=MAIN_RUN, proportions=PROPORTIONS):
-    """The run on one seed. names: the methods, with LoRA and HydraLoRA among them."""
-    print(f"HydraLoRA on {DOMAINS} hidden domains, each with a cipher: seed {seed}, {device}")
-    task = Task(seed, device, proportions)
-
-    print("\n1. How many heads? k-means on the plaintexts:\n")
-    found, sse = num_heads_from_corpus(task.training.tokens[:600, :LENGTH].tolist())
-    n = heads or found
-    print(f"   it finds {found}; using {n}. SSE with 1, 2, ... centres:\n  ", *map(round, sse))
-
-    print("\n2. Training: all weights on the old ciphers, then an adapter on the new ones\n\n"
-          f"{'loss after 0, 100, ... steps':>54}{'parameters':>13}{'accuracy':>11}   by domain (%)")
-    frozen = pretrain(task)
-    no_adapter = accuracy(frozen, task.test).mean().item()
-    floor = task.floor()
-    print(f"   {'no adapter, on the new ciphers':64}{no_adapter:11.1f}\n"
-          f"   {'floor: best without knowing the domain':64}{floor:11.1f}")
-    chosen = methods(n)
-    models = {}
-    results = {}
-    for name in names:
-        models[name], results[name] = fine_tune(task, frozen, name, chosen[name])
-    shares = variance_shares(frozen, task.test)
-    print("\n   Variance of x, the adapters' input: domain {domain:.1%}, symbol {symbol:.1%}, "
-          "their combination {interaction:.1%}\n".format(**shares))
-
-    print("3. Do the heads B_i specialise by domain?\n")
-    inside = look_inside(models["HydraLoRA"], task.test)
-    print_inside(**inside)
-
-    print(f"\n4. Merging: one w for all tokens makes the heads one LoRA of rank {RANK}\n")
-    ours = results["HydraLoRA"]["accuracy"]
-    merged = dict(not_merged=ours) | merge_both_ways(task, models["HydraLoRA"])
-    print("   not merged                {not_merged:6.1f}%\n"
-          "   merged for each sequence  {each_sequence:6.1f}%, with w of its last symbol\n"
-          "   merged once for all       {all:6.1f}%, with the mean w\n".format(**merged))
-    checks = {"HydraLoRA is ahead of LoRA": ours > results["LoRA"]["accuracy"]}
-    if n >= DOMAINS:  # with fewer heads, NMI cannot reach 0.9
-        checks["heads specialise by domain"] = inside["nmi"] >= 0.9
-    for what, passed in checks.items():
-        print(f"{what}: {'yes' if passed else 'NO'}")
-    return dict(
-        seed=seed, device=device, proportions=proportions, heads_found=found, sse=sse,
-        num_heads=n, no_adapter=no_adapter, floor=floor, methods=results,
-        input_variance=shares, merged=merged, checks=checks, **inside)
+    n = choose_n(training, options.heads)
+    print("Pre-training on the old ciphers. Loss after 0, 100, ... steps:", end="")
+    frozen = pretrain(seed, old, options.proportions, options.device)
+    print("\n")
+    batches = [encode(frozen, batch) for batch in training.batches()]
+    test = encode(frozen, test)
+    chosen = {name: replace(method, router_rate=options.router_rate, lr=options.lr or method.lr)
+              for name, method in methods(n, options.rank, options.target).items()
+              if options.all or name in MAIN_RUN}
+    rows, snapshots = compare(frozen, chosen, batches, test, seed)
+    best = best_without_domain(new, options.proportions)
+    print(f"\n   Before: {accuracy(frozen, test).mean():.1f}%, where old and new ciphers agree. "
+          f"Without knowing the domain,\n   at most {best:.1f}% would be possible.")
+    inside = look_inside(snapshots, test)
+    numbers = {"best without the domain (%)": best, "NMI of head and domain": inside.nmi}
+    numbers |= merge_both_ways(snapshots[STEPS], test)
+    ahead = rows["HydraLoRA"].accuracy > rows["LoRA"].accuracy
+    print("HydraLoRA is ahead of LoRA:", "yes" if ahead else "NO")
+    if n >= DOMAINS:  # fewer heads cannot take a domain each
+        print("Its heads specialise by domain:", "yes" if inside.nmi >= 0.9 else "NO")
+    return SimpleNamespace(rows=rows, numbers=numbers, inside=inside)
 
 
-# ---- --table and --tune: several seeds ----
-def start_worker():
-    torch.set_num_threads(1)
-    sys.stdout = open(os.devnull, "w")
+# ---- Several seeds ----
+def print_means(results, proportions):
+    """README's table, and the other numbers. If a domain is rare, also its accuracy."""
+    rarest = proportions.index(min(proportions)) if len({*proportions}) > 1 else None
+    header = ["method", "parameters", "accuracy (%)", "HydraLoRA's lead (points) +- std",
+              "seeds won"] + ["rarest domain (%): mean, least"] * (rarest is not None)
+    print("\n|", " | ".join(header), "|")
+    print("|" + "---|" * len(header))
+    for name in results[0].rows:
+        rows = [result.rows[name] for result in results]
+        leads = [result.rows["HydraLoRA"].accuracy - row.accuracy
+                 for result, row in zip(results, rows)]
+        won = sum(lead > 0 for lead in leads)
+        cells = [name, f"{rows[0].size:,}", f"{mean(row.accuracy for row in rows):.1f}", "", ""]
+        if name != "HydraLoRA":
+            cells[3:] = f"{mean(leads):+.1f} +- {stdev(leads):.1f}", f"{won}/{len(leads)}"
+        if rarest is not None:
+            reached = [row.by_domain[rarest] for row in rows]
+            cells.append(f"{mean(reached):.0f}, {min(reached):.0f}")
+        print("|", " | ".join(cells), "|")
+    print()
+    for what in results[0].numbers:
+        values = [result.numbers[what] for result in results]
+        print(f"{what}: mean {mean(values):.2f}, least {min(values):.2f}")
 
 
-def all_seeds(function, seeds, *arguments):
-    """function(seed, *arguments) for each seed, one process per core."""
-    results = []
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), start_worker) as pool:
-        runs = [pool.apply_async(function, (seed, *arguments)) for seed in seeds]
-        for run in runs:
-            results.append(run.get())
-            print(f"{len(results)} of {len(seeds)} seeds", file=sys.stderr)
-    return results
-
-
-def lead(ours, theirs):
-    """Two cells of the table: mean and std of the differences, and seeds won."""
-    points = [a - b for a, b in zip(ours, theirs)]
-    won = sum(point > 0 for point in points)
-    return f"{mean(points):+.1f} +- {stdev(points):.1f} | {won}/{len(points)}"
-
-
-def table(device):
-    """README's table and numbers."""
-    names = [*methods()]
-    results = all_seeds(experiment, TABLE_SEEDS, device, DOMAINS, names)
-    reached = {name: [result["methods"][name]["accuracy"] for result in results]
-               for name in names}
-    print("| method | parameters | accuracy (%) | HydraLoRA's lead (points) +- std | seeds won |\n"
-          "|---|---|---|---|---|")
-    for name, method in methods().items():
-        size = results[0]["methods"][name]["size"]
-        compared = "|" if name == method.partner else lead(reached[method.partner], reached[name])
-        print(f"| {name} | {size:,} | {mean(reached[name]):.1f} | {compared} |")
-
-    print(f"\nfloor: {mean(result['floor'] for result in results):.1f}%")
-    print(f"NMI of head and domain: at least {min(result['nmi'] for result in results):.2f}")
-    for way in results[0]["merged"]:
-        print(f"merged, {way}: {mean(result['merged'][way] for result in results):.1f}%")
-    return results
-
-
-def tune_seed(seed, device):
-    task = Task(seed, device)
-    frozen = pretrain(task)
-    reached = {}
-    for name, method in methods().items():
-        for lr in RATES:
-            _, result = fine_tune(task, frozen, name, replace(method, lr=lr))
-            reached[f"{name}, lr {lr}"] = result["accuracy"]
-    return reached
-
-
-def tune(device):
-    """The accuracy of each method at each learning rate, on other seeds."""
-    results = all_seeds(tune_seed, TUNING_SEEDS, device)
-    for candidate in results[0]:
-        values = [result[candidate] for result in results]
-        print(f"{candidate}: mean {mean(values):.2f}, worst {min(values):.1f}")
-    return results
-
-
-# ---- --cost ----
-def cost(device):
-    """Prints how long a forward and backward take, relative to a LoRA of rank n r."""
-    costs = []
-    for tokens, width, r, n in COST_SIZES:
-        layer = HydraLoRALinear(nn.Linear(width, width), num_heads=n, r=r).to(device)
-        A = nn.Linear(width, n * r, bias=False).to(device)
-        B = nn.Linear(n * r, width, bias=False).to(device)
-        x = torch.randn(tokens, width, device=device, requires_grad=True)
-
-        def loop(x):  # as in the official code
-            y = layer.base(x)
-            for w_i, B_i in zip(layer.router(x).unbind(-1), layer.lora_B):
-                y = y + layer.scaling * w_i[:, None] * F.linear(F.linear(x, layer.lora_A), B_i)
-            return y
-
-        timers = [Timer("way(x).sum().backward()", globals=dict(way=way, x=x))
-                  for way in (lambda x: layer.base(x) + B(A(x)), layer, loop)]
-        turns = [[timer.timeit(3).median for timer in timers] for _ in range(7)]
-        of_lora, of_layer, of_loop = map(median, zip(*turns))
-        costs.append(dict(tokens=tokens, width=width, r=r, n=n,
-                          layer=round(of_layer / of_lora, 2), loop=round(of_loop / of_lora, 2)))
-        print(costs[-1])
-    return costs
-
-
-# ---- Options ----
-def main():
+def parse(arguments=None):
+    """The options. Stops with one line if one is wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    modes = parser.add_mutually_exclusive_group()
-    for mode in (table, tune, cost):
-        modes.add_argument(f"--{mode.__name__}", dest="mode", action="store_const", const=mode)
     add = parser.add_argument
     add("--seed", type=int, default=0)
-    add("--heads", type=int, help="number of heads (default: by k-means)")
-    add("--proportions", type=float, nargs=DOMAINS, default=PROPORTIONS, metavar="P",
-        help="how often each domain occurs, such as 85 10 5 (default: equal)")
-    add("--check", action="store_true", help="exit with 1 if a check fails")
-    add("--json", metavar="FILE", default=os.devnull, help="write the results to this file")
+    add("--seeds", type=int, default=1, help="how many, from --seed on; prints their means")
+    add("--all", action="store_true", help="all methods of README's table")
+    add("--heads", type=int, help="N (default: by k-means)")
+    add("--rank", type=int, default=RANK, help=f"r of HydraLoRA (default: {RANK})")
+    add("--target", choices=("o_proj", "up_proj", "down_proj"), default="o_proj",
+        help="the adapted layer of the last block (default: o_proj)")
+    add("--lr", type=float, help="one learning rate for all methods (default: each its best)")
+    add("--router-rate", type=float, default=1.0, metavar="X",
+        help="the router's learning rate, relative to that of A and B; 8 helps rare domains")
+    add("--proportions", type=float, nargs=DOMAINS, default=EQUAL, metavar="P",
+        help="how often each domain occurs, such as 85 10 5 (default: equally often)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: cuda if available")
-    options = parser.parse_args()
-    single_run = ("seed", "heads", "proportions", "check")
-    if options.mode and any(getattr(options, o) != parser.get_default(o) for o in single_run):
-        parser.error("--table, --tune and --cost only take --device and --json")
-    if options.heads is not None and options.heads < 1:
-        parser.error("--heads must be 1 or more")
+    options = parser.parse_args(arguments)
+    for name in ("seeds", "heads", "rank", "lr", "router_rate"):
+        value = getattr(options, name)
+        if not (value is None or 0 < value < math.inf):
+            parser.error(f"--{name.replace('_', '-')} must be positive")
     if not min(options.proportions) > 0.02 * sum(options.proportions):
         parser.error("each of --proportions must be over 2% of their sum")
     try:
-        torch.ones(1, device=options.device).item()
-        open(options.json, "a").close()  # keeps an old file
-    except (RuntimeError, AssertionError, OSError) as error:
-        parser.error(str(error).splitlines()[0])
+        torch.zeros(1, device=options.device).item()
+    except Exception as error:
+        parser.error(f"--device {options.device}: {str(error).splitlines()[0]}")
+    return options
 
+
+def main():
+    options = parse()
     torch.set_num_threads(1)  # the same digits on any number of cores
-    if options.mode:
-        result = options.mode(options.device)
-    else:
-        result = experiment(
-            options.seed, options.device, options.heads, proportions=options.proportions)
-    with open(options.json, "w") as file:
-        json.dump(result, file, indent=1)
-    return int(options.check and not all(result["checks"].values()))
+    results = [run(options.seed + i, options) for i in range(options.seeds)]
+    if options.seeds > 1:
+        print_means(results, options.proportions)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
