@@ -32,9 +32,9 @@ test_oracle_gradients[3d-plain-odd-bias-fp64]:
     -k "oracle and 3d and aligned and nobias-bf16"    x is (b, t, k); no bias, all bf16
     -k "oracle and not gradients"                     a kernel without a backward
 
-To use the oracle, you can stop reading here. To understand it, read on: `definition` says
-what is correct, CASES are its inputs, the tests choose calls and their order, `Call` makes
-a call and checks it, and "Wrong kernels" has a mistake for each case and test, and says
+To use the oracle, you can stop here. To understand it, read on: `definition` says what
+is correct, CASES are its inputs, the tests choose calls and their order, `Call` makes a
+call and checks it, and "Wrong kernels" has a mistake for each case and test, and says
 how to add one. From "The layer" on, the tests are about this project alone.
 """
 import collections
@@ -269,7 +269,7 @@ def test_oracle_values(implementation, case):
 
 @each_case(*CASES, *LARGE, among=DTYPES)
 def test_oracle_gradients(implementation, case):
-    """With a backward, it also gives the correct gradients."""
+    """With a backward, a correct kernel also gives the correct gradients."""
     check(implementation, case)
 
 
@@ -762,7 +762,7 @@ def known_mistakes(call, found, allowed):
 
 # ---- Wrong kernels ----
 # 1. To add a case, add a row to CASES, or to LARGE if it is slow. To add a test, write it
-#    above TESTS, for instance:
+#    above TESTS:
 #
 #    @each_mode_and_case("plain")  # or @each_case("plain"), without `mode`
 #    def test_oracle_two_calls(implementation, mode, case):
@@ -1633,7 +1633,7 @@ def test_toy_trains_what_it_says(toy, data, compared):
 
 
 def test_toy_equal_starts(toy, compared):
-    """Not those that would repeat the model's random numbers."""
+    """Not those that repeat the model's random numbers."""
     ours = compared["HydraLoRA"].start
     torch.manual_seed(0)
     repeated = torch.empty_like(ours.lora_A).uniform_(-1 / 8, 1 / 8)
