@@ -189,10 +189,10 @@ CASES = {  # how each case differs from Case()
     "one-head": dict(k=64, r=16, n=1),  # a LoRA
     "two-heads": ALIGNED | dict(lead=(2, 60), r=64, n=2, factors=dict(Wg=100)),  # exp(logit) is 0
     "large-logits": dict(lead=(1,), d=64, n=20, factors=dict(Wg=200)),  # exp(logit) is inf
-    "zero-heads": dict(lead=(2, 30), k=3, d=10, bias=False, factors=dict(B=0)),  # untrained
-    "near-zero": dict(factors=dict(B=1e-4)),  # soon after
+    "zero-heads": dict(lead=(2, 30), k=3, d=10, bias=False, factors=dict(B=0)),
+    "near-zero": dict(factors=dict(B=1e-4)),
     "zero-tokens": dict(lead=(2, 2, 24), strides=("swapped", 0),
-                        factors=dict(x=[[0]] * 16 + [[1]] * 8)),  # padding
+                        factors=dict(x=[[0]] * 16 + [[1]] * 8)),
     "large-magnitude": dict(k=64, d=48, r=8, n=3, factors=dict(  # too large for float16
         x=2.0**17, grad_y=2.0**-50, W0=2.0**-17, Wg=2.0**-17)),
     "gaps": ALIGNED | dict(lead=(3, 4), d=80, bias=True, strides=("gaps", 8)),  # as x[..., ::2]
@@ -213,7 +213,7 @@ LARGE = {
     # more blocks than a CUDA grid's y axis can have
     "grid-limit": dict(lead=(65540,), k=3, d=2, r=1, n=2, frozen=("W0", "bias")),
     "many-heads": dict(n=260),
-    "wide": dict(lead=(1,), k=1104, d=1056, r=48, n=4),  # one token, as in decoding
+    "wide": dict(lead=(1,), k=1104, d=1056, r=48, n=4),
     "long-input": dict(lead=(1, 1), k=17392, d=16, r=32, n=8),  # k is 16 times a prime
     "long-output": dict(lead=(1, 1), k=48, d=8208, r=16, n=2, bias=False),
 }
@@ -322,7 +322,7 @@ def test_oracle_changed_tensors(implementation, mode, case):
     kernel then uses the new values, in training, in evaluation, and if all is frozen."""
     modes = {"in place": [torch.no_grad, mode], "moved": [mode, torch.no_grad]}
     if mode is not torch.enable_grad:
-        case = replace(case, lead=(2, 1)[-len(case.lead):], frozen=INPUTS)  # as in decoding
+        case = replace(case, lead=(2, 1)[-len(case.lead):], frozen=INPUTS)
     inputs = make(case)
     check(implementation, case, mode, inputs)
     for way, name in itertools.product(modes, case.inputs):
@@ -585,7 +585,7 @@ class Call:
         """Requires that each row and each column of y and of the gradients is correct,
         up to the tolerance, which does not depend on what is replaced here."""
         __tracebackhide__ = True
-        strides = self.case.strides if "expanded" in self.case.strides else ()  # equal rows
+        strides = self.case.strides if "expanded" in self.case.strides else ()
         allowed = tolerance(replace(
             self.case, strides=strides, scaling=abs(self.case.scaling), seed=0, frozen=()))
         errors = errors_of(found, *self.correct)
@@ -927,8 +927,7 @@ WRONG = [
     wrong("wrong dtype", dtypes="mixed-fp16", y=lambda v: v.y.float()),
     wrong("y is wrong", dtypes="mixed-bf16", y=also(lambda v: v.y.data.mul_(1.06))),
     wrong("y is an inference tensor", y=lambda v: torch.inference_mode()(torch.clone)(v.y)),
-    wrong("y does not require grad", "empty-batch",
-          y=lambda v: v.y if v.y.numel() else v.y.detach()),
+    wrong("A.grad is wrong", "empty-batch", dA=lambda v, g: g + (v.y.numel() == 0)),
     wrong("in inference mode: the call raised", y=also(lambda v: v.y.is_inference() and 1 / 0)),
     wrong("the call raised RuntimeError: Inference tensors",
           z=lambda v: v.z * v.memory.setdefault("ones", torch.ones_like(v.z))),
@@ -952,8 +951,10 @@ WRONG = [
               v.A._version, v.A.data_ptr(), v.A[0, 0].item(), round(v.A.sum().item(), 2)))),
     wrong("after the test changed A (moved)", "changed_tensors",
           A=lambda v: kept(v, v.A, id(v.A), torch.detach)),
-    wrong("after the test changed A (in place)", "changed_tensors",
-          A=lambda v: v.A if v.A.requires_grad else kept(v, v.A, v.A.data_ptr())),
+    *(wrong("after the test changed A (in place)", "changed_tensors",
+            A=lambda v, when=when: kept(v, v.A, v.A.data_ptr()) if when(v) else v.A) for when in [
+        lambda v: not v.A.requires_grad,
+        lambda v: v.A.requires_grad and not torch.is_grad_enabled()]),
     wrong("y does not require grad, unlike ", "gradients_of_each_subset",
           y=lambda v: v.y if v.x.requires_grad else v.y.detach()),
     wrong("two calls that differ in ", "gradients_accumulate",
