@@ -177,7 +177,7 @@ class Case:
 ALIGNED = dict(k=64, d=64, r=16, n=8, bias=False)
 CASES = {  # how each case differs from Case()
     "plain": {},
-    "square": ALIGNED,  # for fast paths
+    "square": ALIGNED,
     "tokens": ALIGNED | dict(lead=(40,)),  # a sequence without a batch axis
     "biased": dict(lead=(2, 64), k=128, d=128, r=16, n=8),  # aligned, with a bias
     # sizes that fill only a part of a tile
@@ -304,8 +304,8 @@ def test_oracle_calls_in_a_row(implementation, mode, case):
         (("A", "B"), dict(r=32)), (("A", "B"), dict(r=8 if case.r < 8 else 16)), ((), {}),
         (("B", "Wg"), dict(n=20)), ((), {}), (("x",), swapped), (WEIGHTS, swapped),
         (("grad_y",), swapped), (ACTIVATIONS, dict(seed=1))]
-    if case.name == "plain":
-        changes *= 4  # more calls than a ring of 64 buffers can hold
+    if case.name == "plain" and mode is torch.enable_grad:
+        changes *= 4  # more calls than 64 buffers can hold
     for new, change in changes:
         now = replace(case, **change)
         made = make(now)
@@ -1746,8 +1746,7 @@ def test_toy_learns(seed_0):
     assert accuracy == pytest.approx([18, 18, 14, 11, 75, 97], abs=2)
     own = F.one_hot(seed_0.inside.gates.argmax(1)).bool()
     assert seed_0.inside.lost[own].min() > 60 and seed_0.inside.lost[~own].max() < 2
-    best, _, each, once = seed_0.numbers.values()
-    assert best == pytest.approx(70, abs=0.05)
+    *_, each, once = seed_0.numbers.values()
     assert each == pytest.approx(96.5, abs=1)
     assert once == pytest.approx(35, abs=4)
     assert re.findall("yes|NO|Using .*", seed_0.output) == ["Using 3 heads.", "yes", "yes"]
