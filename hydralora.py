@@ -3,7 +3,7 @@
 """HydraLoRA in one file: one shared matrix A, N heads B_i, and a router over the heads.
 
 Tian et al.: "HydraLoRA: An Asymmetric LoRA Architecture for Efficient Fine-Tuning",
-NeurIPS 2024, arXiv 2404.19245. W0 is frozen, whereas A, B_i and Wg are trained.
+NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are trained.
 
     (1)  y = W0 x + B A x                 LoRA
     (2)  W = W0 + sum_i w_i B_i A         HydraLoRA as one weight, for a fixed w
@@ -13,78 +13,16 @@ NeurIPS 2024, arXiv 2404.19245. W0 is frozen, whereas A, B_i and Wg are trained.
     paper  code           shape     what it is
     x      x              (..., k)  input, any leading axes, such as (b, t)
     W0     base.weight    (d, k)    frozen weight, from k features to d
-    A      lora_A         (r, k)    shared by all heads; Kaiming-uniform init
+    A      lora_A         (r, k)    shared by all heads; starts random
     A x    z              (..., r)  the input of every head
-    B_i    lora_B[i]      (d, r)    a head, the paper's expert E_i; zero init
+    B_i    lora_B[i]      (d, r)    a head, the paper's expert E_i; starts at zero
     N      num_heads                number of heads, written n in shapes
     Wg     router.weight  (n, k)    the paper's Wg^T, as nn.Linear stores a weight
     w      w, gates       (..., n)  one gate per head, for each token; (n,) if fixed
-           delta          (..., d)  the update s sum_i w_i B_i A x, with s = scaling [4]
 
-"The layer" and "Choosing N" are to be read beside the paper, whereas the other sections
-are tools. The numbers [1] to [9] refer to the choices below.
-
-Why a router, and not a larger rank? Because a LoRA of any rank applies one matrix to all
-tokens. So does HydraLoRA if w is the same for all tokens: Eq. 3 is then a LoRA of rank r,
-with B = sum_i w_i B_i, for any N. But a router makes w depend on x, so tokens of
-different domains can get different updates. Together, these updates can span N r
-dimensions, but N r alone says little: in train_toy.py, three heads of rank 9 reach 94%
-accuracy, and nine of rank 3, which are as large, 76%.
-
-Why is A shared, and not B? Because the paper saw (Fig. 3) that the matrices A of
-separately trained LoRAs "tend to converge", whereas their matrices B are
-"distinguishable" (Observation II). So one A can serve all heads, "to improve parameter
-efficiency" (Sec. 2.3). The paper posits that the difference is "an artifact of the
-initialization schemes" (A starts random, B zero). With one A, all heads read the same
-r features of x, but their updates can span N r dimensions of y, whereas one B and N
-matrices A_i would read N r features, but write r dimensions. A shared A must still be
-trained: in train_toy.py, a random A of rank 9 costs 45 points.
-
-Why do the heads become different? Because Wg is random, so their gates differ. The heads
-start out equal, with B_i = 0: in the first step, the gradients of A and Wg are therefore
-zero, and those of the heads differ only through w_i. If the rows of Wg were equal, the
-heads would stay equal, up to rounding, which AdamW may amplify.
-
-Why do the heads specialise? Because a head's logit grows on the tokens where the head
-beats the mixture, and a larger gate then makes it learn more from these tokens. Let
-g = dL/dy for one token, and w = softmax(l). Then
-
-    dL/dB_i = s w_i g (A x)^T    head i learns from each token in proportion to w_i
-    dL/dw_i = s g . B_i A x      negative if more of head i would lower the loss
-    dL/dl_i = w_i (dL/dw_i - sum_j w_j dL/dw_j)    how head i compares with the mixture
-
-So if x shows which tokens these are, a small random preference grows. In train_toy.py,
-the heads have mostly divided the domains after 20 of 400 steps, when little is learnt.
-So specialised heads are no sign of a good fit.
-
-A head whose gate is near zero for all tokens gets almost no gradient, so it may stay
-unused [6]: in train_toy.py, three domains use three to five of six heads.
-
-Choices where the paper is silent or the official code differs. L339 is line 339 of
-https://github.com/Clin0212/HydraLoRA/blob/afb693b/HydraLoRA/peft/tuners/lora.py,
-and the script is HydraLoRA/fine-tuning.sh there.
-
-    [1] The router reads x, as in the paper's text and L339. But the paper prints Wg as
-        (r, N), which would fit A x. For LoRA MoE, its Appendix A.2 has (d_m, n), which
-        fits x.
-    [2] The router has no bias (L279) and Kaiming-uniform init (L299), like A (L295).
-    [3] The adapter is float32, or float64 if the base is; in the script, it is bf16. The
-        softmax is computed in float32 or better (L339), because bf16 would round a w_i
-        near 1 to 1, and its derivative w_i (1 - w_i) to 0.
-    [4] The update is scaled by s = lora_alpha / r (L284, L342): here 16 / 8, in the
-        script 32 / 4. The paper has no such factor.
-    [5] All heads share one dropout mask, on A's input, and the router sees x without
-        dropout (L339). L342 draws a mask for each head, which is enough to make heads
-        different. The paper has no dropout.
-    [6] Only y is returned. L347 also returns "blcls", which the official model adds to
-        the loss, although it is always 0 (L344). A balance loss, cv_squared (L315), is
-        never called, and the paper has no loss that keeps all heads in use.
-    [7] The caller picks the layers. The paper names only q_proj and v_proj (Fig. 3), and
-        its "% Param" fits these two, without the router. The script adapts gate_proj,
-        up_proj and down_proj, and the authors say that they took these (their issue 26).
-    [8] Merging uses one w for all tokens, which the caller chooses. The paper merges
-        "based on the input" (Sec. 3.2.2), which we read as: for each token.
-    [9] k-means only chooses N, as the official README says. It initialises no head.
+The code scales the update by s = scaling. All N heads run on each token. [1] to [9]
+refer to "Choices", below the layer. Of the code, "The layer" and "Choosing N" are from
+the paper, the rest are tools.
 """
 import copy
 import math
@@ -97,12 +35,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__version__ = "0.11.0"
+__version__ = "0.12.0"
 
 
 # ---- The layer ----
 class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
-    """Eq. 4: x (..., k) -> w (..., n). A subclass may return other gates, n of them:
+    """Eq. 4: x (..., k) -> gates w (..., n).
+
+    A subclass may return other gates: for a whole sequence (b, 1, n), as (b, n) would be for
+    b tokens. There must be n of them:
 
         class TopTwo(Router):
             def forward(self, x):
@@ -122,15 +63,16 @@ class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # U(-1, 1) / sqrt(k) [2]
 
     def forward(self, x):
-        logits = F.linear(x, self.weight)  # (..., n)
+        logits = F.linear(x, self.weight)  # (..., n), no bias [2]
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        return logits.softmax(-1, dtype=dtype).to(logits.dtype)  # (..., n) [3]
+        w = logits.softmax(-1, dtype=dtype)  # float32, so that a gate near 1 has a gradient [3]
+        return w.to(logits.dtype)
 
 
 class HydraLoRALinear(nn.Module):
     """A frozen nn.Linear, base (d, k), with a HydraLoRA update: x (..., k) -> y (..., d).
 
-    num_heads: N. r: the rank of A and of each B_i. lora_alpha: scaling = lora_alpha / r.
+    num_heads: N. r: the rank. lora_alpha: scaling = lora_alpha / r.
 
     Example: with W0 the identity, bias (10, 20), A = (1, 1), B_1 = (1, 2), B_2 = (5, -2),
     Wg = ((ln 3, 0), (0, 0)) and scaling 2:
@@ -148,11 +90,10 @@ class HydraLoRALinear(nn.Module):
         super().__init__()
         k, d = base.in_features, base.out_features
         self.in_features, self.out_features = k, d
-        self.num_heads = num_heads
-        self.r = r
-        self.scaling = lora_alpha / r  # [4]
-        dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32  # [3]
-        options = dict(device=base.weight.device, dtype=dtype)
+        self.num_heads, self.r = num_heads, r
+        self.scaling = lora_alpha / r  # not in the paper [4]
+        dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
+        options = dict(device=base.weight.device, dtype=dtype)  # float32 on a bf16 base [3]
         self.lora_A = nn.Parameter(torch.empty(r, k, **options))
         self.lora_B = nn.Parameter(torch.empty(num_heads, d, r, **options))
         self.lora_dropout = nn.Dropout(lora_dropout)
@@ -162,28 +103,27 @@ class HydraLoRALinear(nn.Module):
         self.train(base.training)
 
     def reset_parameters(self):
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as Wg [2]
         nn.init.zeros_(self.lora_B)
 
     def router_input(self, x):
-        """The router's input, here x. A subclass that returns A x (..., r) [1] must also set
-        self.router = Router(self.r, self.num_heads).to(self.lora_A) in its __init__."""
+        """A subclass that returns A x (..., r) must also set, in its __init__,
+        self.router = self.router_class(self.r, self.num_heads).to(self.lora_A)."""
         return x
 
     def forward(self, x):
-        """Eqs. 3 and 4: x (..., k) -> y (..., d)."""
         y = self.base(x)                                 # (..., d), W0 x + bias
         x = x.to(self.lora_A.dtype)
-        w = self.router(self.router_input(x))            # (..., n), Eq. 4
-        z = F.linear(self.lora_dropout(x), self.lora_A)  # (..., r), A x [5]
-        delta = torch.einsum("...n,...r,ndr->...d", w, self.scaling * z, self.lora_B)  # Eq. 3
-        return y + delta.to(y.dtype)                     # (..., d) [6]
+        w = self.router(self.router_input(x))            # (..., n), Eq. 4, of x, not of A x [1]
+        z = F.linear(self.lora_dropout(x), self.lora_A)  # (..., r), A x, one mask for all heads [5]
+        u = w[..., None] * (self.scaling * z)[..., None, :]      # (..., n, r), s w_i A x
+        delta = torch.einsum("...nr,ndr->...d", u, self.lora_B)  # (..., d), Eq. 3
+        return y + delta.to(y.dtype)                     # (..., d), no loss [6]
 
     def extra_repr(self):
         return f"num_heads={self.num_heads}, r={self.r}, scaling={self.scaling:g}"
 
-    # Some models, such as T5, read a layer's weight.
-    weight = property(lambda self: self.base.weight)
+    weight = property(lambda self: self.base.weight)  # some models, such as T5, read it
     bias = property(lambda self: self.base.bias)
 
     # Merging, with one w for all tokens [8].
@@ -191,16 +131,14 @@ class HydraLoRALinear(nn.Module):
     def to_lora(self, gates):
         """Eq. 1 for fixed gates (n,): A (r, k) and B = s sum_i gates_i B_i (d, r)."""
         if type(self).forward is not HydraLoRALinear.forward:
-            name = type(self).__name__
-            raise TypeError(f"{name} overrides forward: it needs its own to_lora or merge")
+            raise TypeError(f"{type(self).__name__} overrides forward, but not to_lora or merge")
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        A = self.lora_A.to(dtype, copy=True)
-        heads = self.lora_B.to(dtype)
+        A, heads = self.lora_A.to(dtype, copy=True), self.lora_B.to(dtype)
         gates = torch.as_tensor(gates).to(heads)
         if gates.shape != (self.num_heads,):
             raise ValueError(f"gates must be {self.num_heads} numbers, got {[*gates.shape]}")
         B = self.scaling * (gates[:, None, None] * heads).sum(0)
-        return A, B  # (r, k), (d, r)
+        return A, B
 
     @torch.no_grad()
     def merge(self, gates):
@@ -209,28 +147,160 @@ class HydraLoRALinear(nn.Module):
         Exact, up to rounding, for tokens whose w equals gates (n,). For others, y is off by
         s sum_i (gates_i - w_i) B_i A x.
         """
-        if not _is_plain_linear(self.base):
-            raise TypeError("base must be a plain nn.Linear: not quantised, parametrized, hooked "
-                            "(accelerate.hooks.remove_hook_from_submodules(model) helps) or on the "
-                            "meta device")
+        base, W0 = self.base, self.base.weight
+        if (base.forward != nn.Linear.forward.__get__(base)
+                or base._forward_hooks or base._forward_pre_hooks
+                or type(W0) is not nn.Parameter or W0.is_meta or W0.dtype.itemsize == 1):
+            raise TypeError("base must be a plain nn.Linear, not adapted, quantised, parametrized, "
+                            "on meta or hooked (accelerate.hooks.remove_hook_from_submodules(model))")
         A, B = self.to_lora(gates)
-        merged = copy.deepcopy(self.base)
-        with torch.autocast(A.device.type, enabled=False):  # B @ A in full precision
-            merged.weight += B @ A                          # (d, k), Eq. 2, rounded once
+        merged = copy.deepcopy(base)
+        with torch.autocast(A.device.type, enabled=False):  # in full precision
+            merged.weight += B @ A  # (d, k), Eq. 2, rounded once
         if not merged.weight.isfinite().all():
             raise ValueError(f"the merged weight is not finite in {merged.weight.dtype}")
         return merged
 
 
-def _is_plain_linear(base):
-    """Whether base computes W0 x + bias, and merging can add to its weight."""
-    W0 = base.weight
-    return (base.forward == nn.Linear.forward.__get__(base)  # not overridden
-            and not base._forward_hooks and not base._forward_pre_hooks
-            and type(W0) is nn.Parameter and not W0.is_meta and W0.dtype.itemsize > 1)
+# ---- Why it works ----
+# Why a router, and not a larger rank?
+# A LoRA's update, B A x, is linear in x at any rank. So if x is the sum of a part for the
+# domain (a topic or task) and a part for the word, the update is a sum of this kind, too: it
+# cannot treat a word differently in two domains. Nor can HydraLoRA with one w for all tokens,
+# because Eq. 3 is then a LoRA with B = sum_i w_i B_i. In the paper (Fig. 6, MMLU), equal w_i
+# reach 42.81, a LoRA of the same rank 43.22, and HydraLoRA 47.22. A router makes w depend on
+# x, so tokens of different domains get different matrices.
+#
+# Why is A shared, and not B?
+# The paper saw that the A's of separately trained LoRAs "tend to converge", whereas the B's
+# are "distinguishable" (Observation II). It posits "an artifact of the initialization
+# schemes", with A "inclined toward capturing commonalities across domains". But Ban and Ji
+# (2025, arXiv 2509.25414) find the A's alike only if they start alike, and therefore share B.
+# In train_toy.py, too, A's are alike only near a common start.
+#
+# What remains is size: N LoRAs have N r (k + d) parameters, one A and N heads r (k + N d).
+# For N = 3, k = d and 36 k parameters, one A allows rank 9 instead of 6. One B would save as
+# much, but then, the heads would write to only r dimensions of y. With one A, they can write
+# to N r, although they read only r features of x.
+#
+# Why do the heads differ, and specialise?
+# For one token, let g = dL/dy, let l = Wg^T x be the logits, so that w = softmax(l), and let
+# sum_j w_j B_j A x be the mixture. Then
+#
+#     dL/dB_i = s w_i g (A x)^T            head i learns from a token in proportion to w_i
+#     dL/dA   = s sum_i w_i B_i^T g x^T    A learns through all heads
+#     dL/dw_i = s g . B_i A x              negative if more of head i would lower the loss
+#     dL/dl_i = w_i (dL/dw_i - sum_j w_j dL/dw_j)    head i, compared with the mixture
+#     dL/dWg  = x (dL/dl)^T                (k, n), as in the paper
+#
+# At the start, all B_i are 0. So in the first step, the gradients of A and Wg are 0, and
+# those of the heads differ only by their w_i. If the rows of router.weight were not random,
+# but equal, the heads would stay equal, except for rounding errors.
+#
+# Later, where head i lowers the loss more than the mixture, dL/dl_i is negative. So training
+# raises its logit, and lowers those of heads that do worse. Against theirs, its gate grows,
+# and with a larger gate, it learns more from such tokens. So if the router can tell these
+# tokens by x, a head's small random preference for them grows.
+#
+# Can a head stay unused?
+# Yes. If w_i is nearly 0 for all tokens, so are the gradients of B_i and of row i of
+# router.weight, and SGD leaves both as they are. AdamW divides a gradient by its usual size,
+# so both still move, and a head that is needed can come back. One that is not needed mostly
+# stays unused: its B_i grows, but y hardly notices while w_i is small.
+#
+# What does train_toy.py show?
+# Its three domains have different answers to the same symbols. Accuracy, if x has 64 features:
+#
+#     LoRA of full rank              75.9%
+#     HydraLoRA, equal gates         70.8%
+#     HydraLoRA                      95.0%
+#     one B, and an A_i per head     93.8%
+#     HydraLoRA, A not trained       50.1%
+#
+# Mostly, the heads divide the domains within 20 of 400 steps, long before the answers are
+# learnt. On another layer, they hardly do, at 99% accuracy. So this says little of the fit.
 
 
-# ---- A tiny transformer with Llama's projection names ----
+# ---- Choices ----
+# Where the paper is silent or unclear, or the official code differs. L339 is line 339 of
+# https://github.com/Clin0212/HydraLoRA/blob/afb693b/HydraLoRA/peft/tuners/lora.py, and the
+# script is HydraLoRA/fine-tuning.sh there.
+#
+# [1] The router reads x, as in the paper's text and L339. Wg is printed as (r, N), which
+#     would fit A x, but for LoRA MoE (Appendix A.2) as (d_m, n), which fits x.
+# [2] The router has no bias (L279). Wg (L299) starts like A (L295), Kaiming-uniform, which
+#     is U(-1, 1) / sqrt(k).
+# [3] The adapter is float32 (float64 if the base is), in the script bf16. The softmax is in
+#     float32 (L339) or float64: bf16 rounds a w_i near 1 to 1, and so its derivative,
+#     w_i (1 - w_i), to 0.
+# [4] The update is scaled by lora_alpha / r (L284, L342): 16 / 8, in the script 32 / 4.
+# [5] All heads share one dropout mask, on A's input, and the router sees x without dropout
+#     (L339). L342 draws one per head, so that heads differ even with equal gates.
+# [6] Only y is returned. L347 adds "blcls", always 0 (L344), for the official model's loss.
+#     A balance loss, cv_squared (L315), is never called.
+# [7] The caller picks the layers: the sources disagree. The paper's sizes (LoRA, r = 8:
+#     0.062%) fit q_proj and v_proj, as in Figs. 3 and 9. The script and issue 26 have
+#     gate_proj, up_proj and down_proj, which would be 0.172%.
+# [8] Merging uses one w for all tokens. The paper merges "based on the input" (Sec. 3.2.2),
+#     which we read as: for each token. The official code does not merge.
+# [9] k-means only chooses N, as in the official README. Appendix B speaks of "initializing
+#     HydraLoRA modules", but describes only this.
+
+
+# ---- Choosing N, Appendix B ----
+def tf_idf(texts):
+    """X (m documents, terms), with scikit-learn's smoothed idf and rows of norm 1."""
+    counts = [Counter(text) for text in texts]
+    terms = sorted(set().union(*counts))
+    X = torch.tensor([[float(count[term]) for term in terms] for count in counts])
+    X *= 1 + torch.log((1 + len(X)) / (1 + (X > 0).sum(0)))  # rare terms weigh more
+    return F.normalize(X)
+
+
+def sse_curve(X, max_centres):
+    """The SSE of k-means, sum_i min_j |X_i - C_j|^2, for 1, ..., max_centres centres.
+
+    The paper starts from random centres. Fast global k-means (Likas et al., 2003) keeps the
+    centres found so far, and adds the document that lowers the SSE most.
+    """
+    between = torch.cdist(X, X).square()  # (m, m)
+    C = X.mean(0, keepdim=True)  # (1, terms)
+    sse = []
+    for n in range(1, max_centres + 1):
+        for _ in range(10):  # near convergence
+            squared, owner = torch.cdist(X, C).square().min(1)  # (m,), Eq. 7
+            S = F.one_hot(owner, n).to(X)  # (m, n)
+            size = S.sum(0)[:, None]  # (n, 1)
+            C = torch.where(size > 0, S.T @ X / size, C)  # (n, terms), Eq. 8
+        sse.append(squared.sum().item())
+        gain = (squared[:, None] - between).clamp_min(0).sum(0)  # (m,)
+        C = torch.cat([C, X[gain.argmax()][None]])  # (n + 1, terms)
+    return sse
+
+
+def num_heads_from_corpus(documents, max_heads=10):
+    """N by TF-IDF, k-means and the elbow of the SSE curve [9].
+
+    documents: a few hundred strings (split at spaces), or token sequences without padding.
+    Returns N, at least 2, and the SSE of 1, ..., max_heads centres.
+
+    At the elbow, "the rate of decrease in SSE slows down". Our rule: n maximises
+    (SSE_{n-1} - SSE_n) / (SSE_n - SSE_{n+1}). It finds the domains if the documents of a
+    domain share most of their words. For real paragraphs, it is unreliable.
+    """
+    if isinstance(documents, str):
+        raise TypeError("documents must be a list, got one string")
+    texts = [d.split() if isinstance(d, str) else [*map(str, d)] for d in documents]
+    texts = [text for text in texts if text]
+    if min(len(texts), max_heads) < 2:
+        raise ValueError("needs 2 or more documents with words, and max_heads >= 2")
+    sse = sse_curve(tf_idf(texts), max_heads + 1)
+    gains = -torch.tensor(sse).diff()  # SSE_{n-1} - SSE_n for n = 2, ..., max_heads + 1
+    next_gains = gains[1:].clamp_min(1e-5 * sse[0])  # smaller gains are rounding errors
+    return 2 + (gains[:-1] / next_gains).argmax().item(), sse[:max_heads]
+
+
+# ---- A small transformer ----
 @dataclass
 class TinyConfig:
     vocab_size: int = 64
@@ -248,10 +318,8 @@ class TinyBlock(nn.Module):
         self.num_attention_heads = config.num_attention_heads
         self.attention_norm = nn.LayerNorm(width)
         self.mlp_norm = nn.LayerNorm(width)
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            nn.Linear(width, width, bias=False) for _ in range(4))
         self.up_proj = nn.Linear(width, inner)
         self.down_proj = nn.Linear(inner, width)
 
@@ -273,7 +341,7 @@ class TinyBlock(nn.Module):
 
 
 class TinyTransformer(nn.Module):
-    """A GPT-style decoder: tokens (b, t) -> logits (b, t, vocab_size)."""
+    """A GPT-style decoder, to try adapters on: tokens (b, t) -> logits (b, t, vocab_size)."""
 
     def __init__(self, config):
         super().__init__()
@@ -285,19 +353,18 @@ class TinyTransformer(nn.Module):
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
 
     def embed(self, tokens):
-        positions = torch.arange(tokens.shape[1], device=tokens.device)  # (t,)
-        return self.token_embedding(tokens) + self.position_embedding(positions)
+        return self.token_embedding(tokens) + self.position_embedding.weight[:tokens.shape[1]]
 
     def forward(self, tokens):
         h = self.embed(tokens)  # (b, t, width)
         for layer in self.layers:
             h = layer(h)
-        return self.lm_head(self.norm(h))  # (b, t, vocab_size)
+        return self.lm_head(self.norm(h))
 
 
 # ---- On a model ----
 def hydralora_layers(model):
-    """The HydraLoRA layers: dict name -> HydraLoRALinear."""
+    """Dict name -> HydraLoRALinear."""
     return {name: m for name, m in model.named_modules() if isinstance(m, HydraLoRALinear)}
 
 
@@ -309,15 +376,14 @@ def _require_layers(model):
 
 
 def _require_names(what, given, expected):
-    missing = expected.keys() - given.keys()
-    unknown = given.keys() - expected.keys()
+    missing, unknown = expected.keys() - given.keys(), given.keys() - expected.keys()
     problems = [f"{len(names)} {kind}, first {min(names)!r}"
                 for kind, names in [("missing", missing), ("unknown", unknown)] if names]
     if problems:
         raise ValueError(f"names in {what}: {'; '.join(problems)}")
 
 
-def _for_each_layer(model, gates, method):
+def _each_layer(model, gates, method):
     """Dict name -> layer.method(its gates)."""
     layers = _require_layers(model)
     if not isinstance(gates, dict):
@@ -334,7 +400,7 @@ def _for_each_layer(model, gates, method):
 
 
 def _replace(model, new):
-    """Replace each module that is a key of new by its value; return the model."""
+    """Replace the modules that are keys of new; return the model."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in new:
@@ -346,13 +412,11 @@ def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
     """Freeze the model, wrap the nn.Linear layers that match, and return the model.
 
     target_modules: "q_proj", "layers.0.q_proj" or a list of them [7]. A layer matches
-    if its name is a target or ends in "." + target. layer: HydraLoRALinear or a subclass,
-    called as layer(base, **arguments). Other modules, such as fused MoE experts, are
-    skipped. If a model reads a layer's weight instead of calling the layer, as Mamba does
-    with dt_proj, the adapter has no effect, and mean_gates raises an error.
+    if its name is a target or ends in "." + target. Other modules, such as fused MoE
+    experts, are skipped. layer: HydraLoRALinear or a subclass.
 
-    A second call adapts more layers. Each call freezes all but the adapters, even a new
-    output layer: unfreeze that after the last call, and save it yourself.
+    A second call adapts more layers. Each call freezes all but the adapters: unfreeze a new
+    output layer after the last call, and save it yourself.
     """
     modules = dict(model.named_modules())
     bases = {}
@@ -365,7 +429,7 @@ def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
         for name in linears:
             parent = modules[name.rpartition(".")[0]]
             if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-                raise ValueError(f"{name}: {type(parent)} may not call its forward")
+                raise ValueError(f"{name}: {type(parent)} may not call it, but read its weight")
             bases[name] = modules[name]
     model = _replace(model, {base: layer(base, **arguments).train(base.training)
                              for base in bases.values()})
@@ -383,18 +447,20 @@ def _reset_compiler():
 
 @contextmanager
 def hook_gates(model, f):
-    """Context manager: f(name, w) gets each router's w (..., n), and may return another.
+    """Context manager: calls f(name, w) with each router's gates w (..., n).
 
-    The other must have n gates, too. `lambda name, w: 0 * w` turns the adapters off.
-    `gates.__setitem__` collects w in a dict, for a loss on gates. In training, enter it
-    once, around the loop: since compiled code does not notice hooks, entry and exit reset
-    torch.compiler for the whole process.
+    If f returns a tensor of this shape, the layer uses it instead: `lambda name, w: 0 * w`
+    turns the adapters off. For a loss on gates, collect them by `gates = {}` and
+    `hook_gates(model, gates.__setitem__)`. Enter it once, around the training loop: it
+    resets torch.compiler, whose code does not notice hooks.
 
-    Activation checkpointing repeats the forward in the backward. So run the backward inside
-    the context: after it, the repeat uses the router's own gates. use_reentrant=True then
-    gives silently wrong gradients. use_reentrant=False raises an error, except if the router
-    is frozen and x needs no gradient: then gradients are silently wrong, too. With
-    use_reentrant=True, a loss on gates silently has no gradient.
+    Checkpointing repeats the forward, and calls f again, in the backward. If f returns gates,
+    run the backward inside the context: after it, the repeat uses the router's own.
+
+        backward    use_reentrant=False    use_reentrant=True
+        inside      correct                correct, but a loss on gates has no gradient
+        after       an error *             wrong gradients, no error
+        * wrong gradients, no error, if the router is frozen and x needs no gradient
     """
     layers = _require_layers(model)
     if len({layer.router for layer in layers.values()}) < len(layers):
@@ -402,7 +468,7 @@ def hook_gates(model, f):
 
     def call(name, w):
         w = f(name, w)
-        # Autograd saves the 1. Checkpointing (use_reentrant=False) notices a repeat without it.
+        # Autograd saves the 1, and checkpointing raises an error if its repeat does not.
         return None if w is None else w * w.new_ones(())
 
     hooks = [layer.router.register_forward_hook(lambda router, x, w, name=name: call(name, w))
@@ -428,18 +494,18 @@ def record_gates(model):
 def mean_gates(model, batches):
     """The mean w over all tokens of calibration inputs, in eval mode: dict name -> (n,).
 
-    batches: tensors, or dicts of keyword arguments, without padding. Merging with mean
-    gates can ruin the model, because w varies, but a merged weight does not.
+    batches: the model's inputs, tensors or dicts of keyword arguments. Padding would count,
+    and is noticed only if a dict's `attention_mask` has zeros. Merging with mean gates can
+    ruin the model, because w varies.
     """
-    total = dict.fromkeys(_require_layers(model), 0)
-    count = dict.fromkeys(total, 0)
+    layers, total, count = hydralora_layers(model), Counter(), Counter()
 
     def add(name, w):
         w = w.reshape(-1, w.shape[-1])  # (tokens, n)
         total[name] += w.sum(0, dtype=torch.promote_types(w.dtype, torch.float32))
         count[name] += len(w)
 
-    def run(**arguments):
+    def run_mapping(**arguments):
         mask = arguments.get("attention_mask")
         if mask is not None and not mask.all():
             raise ValueError("attention_mask has zeros: use batches without padding")
@@ -449,22 +515,24 @@ def mean_gates(model, batches):
     try:
         with hook_gates(model.eval(), add):
             for batch in batches:
-                model(batch) if isinstance(batch, torch.Tensor) else run(**batch)
+                model(batch) if isinstance(batch, torch.Tensor) else run_mapping(**batch)
     finally:
         for m in training:
             m.training = True
-    if unused := [name for name in count if not count[name]]:
-        raise ValueError(f"{unused[0]!r} got no token: no batch, or the model never calls it")
-    return {name: total[name] / count[name] for name in total}
+    for name in layers:
+        if not count[name]:
+            raise ValueError(f"{name!r} got no token: no batch, no token routed to this expert, or "
+                             "the model never calls it")
+    return {name: total[name] / count[name] for name in layers}
 
 
 def merge_hydralora(model, gates):
     """Replace each HydraLoRA layer by layer.merge(gates), or raise and change nothing.
 
-    gates: one (n,) for all layers, or a dict name -> (n,), as from mean_gates. Zeros drop
-    the adapters. Returns the model; to keep the adapters, merge a copy.deepcopy of it.
+    gates: (n,) for all layers, or a dict name -> (n,), as from mean_gates. Returns the model.
+    To keep the adapters, merge a copy.deepcopy.
     """
-    merged = _for_each_layer(model, gates, "merge")
+    merged = _each_layer(model, gates, "merge")
     return _replace(model, {layer: merged[name]
                             for name, layer in hydralora_layers(model).items()})
 
@@ -478,20 +546,28 @@ def _adapter(model):
 def hydralora_state_dict(model):
     """The adapter: NAME.lora_A (r, k), NAME.lora_B (n, d, r), NAME.router.weight (n, k).
 
-    Save inject_hydralora's arguments too: lora_alpha and layer are not in the adapter.
+    Save inject_hydralora's arguments, too: lora_alpha and layer are not in it.
     """
     state = _adapter(model)
     for key, t in state.items():
-        if type(t) is not torch.Tensor or t.is_meta:
-            raise ValueError(
-                f"{key} is on meta or sharded. With FSDP2, save by get_model_state_dict "
-                "(full_state_dict=True, ignore_frozen_params=True), and load by "
-                "set_model_state_dict (full_state_dict=True, strict=False)")
+        matrix = key.endswith(("lora_A", "lora_B", "router.weight"))
+        if "_fsdp_wrapped_module" in key or matrix and t.dim() < 2:
+            advice = ("FSDP1, take the keys that hydralora_state_dict(model) had before wrapping "
+                      "from model.state_dict() under FULL_STATE_DICT")
+        elif type(t) is not torch.Tensor:
+            advice = ("FSDP2, save by get_model_state_dict (full_state_dict=True, "
+                      "ignore_frozen_params=True), load by set_model_state_dict "
+                      "(full_state_dict=True, strict=False)")
+        elif t.is_meta:
+            advice = "accelerate, call accelerate.hooks.remove_hook_from_submodules(model)"
+        else:
+            continue
+        raise ValueError(f"{key} is sharded or on meta: with {advice}")
     return state
 
 
 def load_hydralora_state_dict(model, state):
-    """Copy the adapter into the model, or raise and change nothing. Returns the model."""
+    """Copy the adapter into the model and return it, or raise and change nothing."""
     own = hydralora_state_dict(model)
     _require_names("state", state, own)
     for key, t in own.items():
@@ -507,87 +583,35 @@ def from_official_state_dict(state):
     PEFT's prefix is allowed. Inject with the lora_alpha of the training.
     """
     rest = {key.removeprefix("base_model.model."): t for key, t in state.items()}
-    ours = {}
-    end = ".lora_route.weight"
+    ours, end = {}, ".lora_route.weight"
     for name in [key.removesuffix(end) for key in rest if key.endswith(end)]:
         Wg = rest.pop(name + end)  # (n, k)
         B = [rest.pop(f"{name}.lora_B{i}.weight") for i in range(len(Wg))]  # each (d, r)
         ours |= {f"{name}.lora_A": rest.pop(f"{name}.lora_A.weight"),
                  f"{name}.lora_B": torch.stack(B), f"{name}.router.weight": Wg}
     if rest:
-        raise ValueError(f"not an official HydraLoRA checkpoint: it has {min(rest)}")
+        raise ValueError(f"not an official checkpoint: it has {min(rest)}")
     return ours
 
 
 def export_lora(model, gates):
     """(state, config): a LoRA for PEFT with fixed gates, given as in merge_hydralora.
 
-    Save them as adapter_model.safetensors (or .bin) and adapter_config.json. Where PEFT
-    warns about missing keys, as in many MoE models, merge instead.
+    Save them as adapter_model.bin and adapter_config.json. If PEFT warns about missing keys,
+    as in many MoE models, merge instead.
     """
-    hydralora_state_dict(model)  # refuses what is on meta or sharded
-    loras = _for_each_layer(model, gates, "to_lora")
+    hydralora_state_dict(model)  # refuses meta and sharded
+    for name, layer in hydralora_layers(model).items():
+        if isinstance(layer.base, HydraLoRALinear):
+            raise ValueError(f"{name}.base is adapted, too: first merge it, base.merge(gates)")
+    loras = _each_layer(model, gates, "to_lora")
     if "" in loras:
         raise ValueError("PEFT needs a name for each layer: export the model around it")
     r = max(len(A) for A, _ in loras.values())
+    config = dict(peft_type="LORA", target_modules=[*loras], r=r, lora_alpha=r)  # scaling 1
     state = {}
     for name, (A, B) in loras.items():
-        prefix = f"base_model.model.{name}"
-        pad = r - len(A)
+        prefix, pad = f"base_model.model.{name}", r - len(A)
         state[f"{prefix}.lora_A.weight"] = F.pad(A, (0, 0, 0, pad))  # (r, k)
         state[f"{prefix}.lora_B.weight"] = F.pad(B, (0, pad))        # (d, r)
-    config = dict(peft_type="LORA", target_modules=[*loras], r=r, lora_alpha=r)
-    return state, config  # PEFT scales by lora_alpha / r = 1
-
-
-# ---- Choosing N, Appendix B ----
-def tf_idf(texts):
-    """X (documents, terms), with scikit-learn's smoothed idf and rows of norm 1."""
-    counts = [Counter(text) for text in texts]
-    terms = sorted(set().union(*counts))
-    X = torch.tensor([[float(count[term]) for term in terms] for count in counts])
-    X *= 1 + torch.log((1 + len(X)) / (1 + (X > 0).sum(0)))  # rare terms weigh more
-    return F.normalize(X)
-
-
-def sse_curve(X, max_centres):
-    """The SSE of k-means, sum_i min_j |X_i - C_j|^2, for 1, ..., max_centres centres.
-
-    The paper starts from random centres. We use fast global k-means (Likas et al., 2003):
-    it keeps the centres found so far, and adds the document that lowers the SSE most.
-    """
-    between = torch.cdist(X, X).square()  # (documents, documents)
-    C = X.mean(0, keepdim=True)           # (1, terms)
-    sse = []
-    for n in range(1, max_centres + 1):
-        for _ in range(10):  # close to convergence
-            squared, owner = torch.cdist(X, C).square().min(1)  # (documents,), Eq. 7
-            S = F.one_hot(owner, n).to(X)                       # (documents, n)
-            size = S.sum(0)[:, None]                            # (n, 1)
-            C = torch.where(size > 0, S.T @ X / size, C)        # (n, terms), Eq. 8
-        sse.append(squared.sum().item())
-        gain = (squared[:, None] - between).clamp_min(0).sum(0)  # (documents,)
-        C = torch.cat([C, X[gain.argmax()][None]])               # (n + 1, terms)
-    return sse
-
-
-def num_heads_from_corpus(documents, max_heads=10):
-    """Appendix B: N by TF-IDF, k-means and the elbow of the SSE curve [9].
-
-    documents: a few hundred strings (split at spaces), or token sequences without
-    padding. Returns n >= 2, even for one domain, and the SSE of 1, ..., max_heads centres.
-
-    At the elbow, "the rate of decrease in SSE slows down". Our rule: n maximises
-    (SSE_{n-1} - SSE_n) / (SSE_n - SSE_{n+1}). It finds the domains if the documents of a
-    domain have most of their words in common. For real paragraphs, it is unreliable.
-    """
-    if isinstance(documents, str):
-        raise TypeError("documents must be a list, got one string")
-    texts = [d.split() if isinstance(d, str) else [*map(str, d)] for d in documents]
-    texts = [text for text in texts if text]
-    if min(len(texts), max_heads) < 2:
-        raise ValueError("needs 2 or more documents that have words, and max_heads >= 2")
-    sse = sse_curve(tf_idf(texts), max_heads + 1)
-    gains = -torch.tensor(sse).diff()  # SSE_{n-1} - SSE_n for n = 2, ..., max_heads + 1
-    next_gains = gains[1:].clamp_min(1e-5 * sse[0])  # smaller gains are rounding errors
-    return 2 + (gains[:-1] / next_gains).argmax().item(), sse[:max_heads]
+    return state, config
