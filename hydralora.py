@@ -42,8 +42,8 @@ __version__ = "0.12.0"
 class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
     """Eq. 4: x (..., k) -> gates w (..., n).
 
-    A subclass may return other gates: for a whole sequence (b, 1, n), as (b, n) would be for
-    b tokens. There must be n of them:
+    A subclass may return other gates. Those of a whole sequence are (b, 1, n), because (b, n)
+    would mean b tokens. There must be n of them:
 
         class TopTwo(Router):
             def forward(self, x):
@@ -164,24 +164,24 @@ class HydraLoRALinear(nn.Module):
 
 # ---- Why it works ----
 # Why a router, and not a larger rank?
-# A LoRA's update, B A x, is linear in x at any rank. So if x is the sum of a part for the
-# domain (a topic or task) and a part for the word, the update is a sum of this kind, too: it
-# cannot treat a word differently in two domains. Nor can HydraLoRA with one w for all tokens,
-# because Eq. 3 is then a LoRA with B = sum_i w_i B_i. In the paper (Fig. 6, MMLU), equal w_i
-# reach 42.81, a LoRA of the same rank 43.22, and HydraLoRA 47.22. A router makes w depend on
-# x, so tokens of different domains get different matrices.
+# A LoRA's update, B A x, is linear in x at any rank. If x is the sum of a part for the domain
+# (a topic or task) and a part for the word, so is the update, and it cannot treat a word
+# differently in two domains. Nor can HydraLoRA with one w for all tokens, because Eq. 3 is
+# then a LoRA with B = sum_i w_i B_i. A router makes w depend on x, so tokens of different
+# domains get different matrices. In the paper (MMLU), equal w_i reach 42.81, a LoRA of
+# rank r 43.22, one of rank 4 r 46.59, and HydraLoRA 47.22.
 #
 # Why is A shared, and not B?
 # The paper saw that the A's of separately trained LoRAs "tend to converge", whereas the B's
-# are "distinguishable" (Observation II). It posits "an artifact of the initialization
-# schemes", with A "inclined toward capturing commonalities across domains". But Ban and Ji
-# (2025, arXiv 2509.25414) find the A's alike only if they start alike, and therefore share B.
-# In train_toy.py, too, A's are alike only near a common start.
+# are "distinguishable" (Observation II). It posits that this is "an artifact of the
+# initialization schemes", with A "inclined toward capturing commonalities across domains".
+# But Ban and Ji (2025, arXiv 2509.25414) find the A's alike only if they start alike, and
+# therefore share B. In train_toy.py, too, A's are alike only near a common start.
 #
 # What remains is size: N LoRAs have N r (k + d) parameters, one A and N heads r (k + N d).
-# For N = 3, k = d and 36 k parameters, one A allows rank 9 instead of 6. One B would save as
-# much, but then, the heads would write to only r dimensions of y. With one A, they can write
-# to N r, although they read only r features of x.
+# For N = 3, k = d and 36 * k parameters, one A allows rank 9 instead of 6. One B would save
+# as much, but then, the heads would write to only r dimensions of y. With one A, they can
+# write to N r, although they read only r features of x.
 #
 # Why do the heads differ, and specialise?
 # For one token, let g = dL/dy, let l = Wg^T x be the logits, so that w = softmax(l), and let
@@ -191,16 +191,16 @@ class HydraLoRALinear(nn.Module):
 #     dL/dA   = s sum_i w_i B_i^T g x^T    A learns through all heads
 #     dL/dw_i = s g . B_i A x              negative if more of head i would lower the loss
 #     dL/dl_i = w_i (dL/dw_i - sum_j w_j dL/dw_j)    head i, compared with the mixture
-#     dL/dWg  = x (dL/dl)^T                (k, n), as in the paper
+#     dL/dWg  = x (dL/dl)^T                of shape (k, n)
 #
 # At the start, all B_i are 0. So in the first step, the gradients of A and Wg are 0, and
 # those of the heads differ only by their w_i. If the rows of router.weight were not random,
 # but equal, the heads would stay equal, except for rounding errors.
 #
 # Later, where head i lowers the loss more than the mixture, dL/dl_i is negative. So training
-# raises its logit, and lowers those of heads that do worse. Against theirs, its gate grows,
-# and with a larger gate, it learns more from such tokens. So if the router can tell these
-# tokens by x, a head's small random preference for them grows.
+# raises its logit, and lowers those of heads that do worse. Relative to theirs, its gate
+# grows, and then it learns more from such tokens. So if the router can tell these tokens by
+# x, a head's small random preference for them grows.
 #
 # Can a head stay unused?
 # Yes. If w_i is nearly 0 for all tokens, so are the gradients of B_i and of row i of
@@ -211,14 +211,15 @@ class HydraLoRALinear(nn.Module):
 # What does train_toy.py show?
 # Its three domains have different answers to the same symbols. Accuracy, if x has 64 features:
 #
-#     LoRA of full rank              75.9%
-#     HydraLoRA, equal gates         70.8%
-#     HydraLoRA                      95.0%
-#     one B, and an A_i per head     93.8%
-#     HydraLoRA, A not trained       50.1%
+#     without the domain, at most  68.3%
+#     LoRA of full rank            75.9%
+#     HydraLoRA, equal gates       70.8%
+#     HydraLoRA                    95.0%
+#     HydraLoRA, untrained A       50.2%
+#     one B, an A_i per head       93.8%
 #
-# Mostly, the heads divide the domains within 20 of 400 steps, long before the answers are
-# learnt. On another layer, they hardly do, at 99% accuracy. So this says little of the fit.
+# Whether heads divide the domains says little of accuracy. Mostly, they do within 20 of 400
+# steps, long before the answers are learnt. On another layer, they hardly do, at 99%.
 
 
 # ---- Choices ----
@@ -228,8 +229,8 @@ class HydraLoRALinear(nn.Module):
 #
 # [1] The router reads x, as in the paper's text and L339. Wg is printed as (r, N), which
 #     would fit A x, but for LoRA MoE (Appendix A.2) as (d_m, n), which fits x.
-# [2] The router has no bias (L279). Wg (L299) starts like A (L295), Kaiming-uniform, which
-#     is U(-1, 1) / sqrt(k).
+# [2] The router has no bias (L279). Wg (L299) starts like A (L295), Kaiming-uniform:
+#     U(-1, 1) / sqrt(k).
 # [3] The adapter is float32 (float64 if the base is), in the script bf16. The softmax is in
 #     float32 (L339) or float64: bf16 rounds a w_i near 1 to 1, and so its derivative,
 #     w_i (1 - w_i), to 0.
@@ -267,7 +268,7 @@ def sse_curve(X, max_centres):
     C = X.mean(0, keepdim=True)  # (1, terms)
     sse = []
     for n in range(1, max_centres + 1):
-        for _ in range(10):  # near convergence
+        for _ in range(10):  # usually enough
             squared, owner = torch.cdist(X, C).square().min(1)  # (m,), Eq. 7
             S = F.one_hot(owner, n).to(X)  # (m, n)
             size = S.sum(0)[:, None]  # (n, 1)
