@@ -42,8 +42,8 @@ __version__ = "0.12.0"
 class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
     """Eq. 4: x (..., k) -> gates w (..., n).
 
-    A subclass may return other gates. Those of a whole sequence are (b, 1, n), because (b, n)
-    would mean b tokens. There must be n of them:
+    A subclass may return other gates. Those of a whole sequence are (b, 1, n), because
+    (b, n) would mean b tokens. There must be n of them:
 
         class TopTwo(Router):
             def forward(self, x):
@@ -151,8 +151,9 @@ class HydraLoRALinear(nn.Module):
         if (base.forward != nn.Linear.forward.__get__(base)
                 or base._forward_hooks or base._forward_pre_hooks
                 or type(W0) is not nn.Parameter or W0.is_meta or W0.dtype.itemsize == 1):
-            raise TypeError("base must be a plain nn.Linear, not adapted, quantised, parametrized, "
-                            "on meta or hooked (accelerate.hooks.remove_hook_from_submodules(model))")
+            raise TypeError(
+                "base must be a plain nn.Linear, not adapted, quantised, parametrized, on meta, or "
+                "hooked (accelerate.hooks.remove_hook_from_submodules(model))")
         A, B = self.to_lora(gates)
         merged = copy.deepcopy(base)
         with torch.autocast(A.device.type, enabled=False):  # in full precision
@@ -164,28 +165,28 @@ class HydraLoRALinear(nn.Module):
 
 # ---- Why it works ----
 # Why a router, and not a larger rank?
-# A LoRA's update, B A x, is linear in x at any rank. If x is the sum of a part for the domain
-# (a topic or task) and a part for the word, so is the update, and it cannot treat a word
-# differently in two domains. Nor can HydraLoRA with one w for all tokens, because Eq. 3 is
-# then a LoRA with B = sum_i w_i B_i. A router makes w depend on x, so tokens of different
-# domains get different matrices. In the paper (MMLU), equal w_i reach 42.81, a LoRA of
-# rank r 43.22, one of rank 4 r 46.59, and HydraLoRA 47.22.
+# A LoRA's update, B A x, is linear in x at any rank. If x is the sum of a part for the
+# domain (a topic or task) and a part for the word, so is the update, and it cannot treat
+# a word differently in two domains. Nor can HydraLoRA with one w for all tokens, because
+# Eq. 3 is then a LoRA with B = sum_i w_i B_i. A router makes w depend on x, so tokens of
+# different domains get different matrices. In the paper (MMLU), equal w_i reach 42.81, a
+# LoRA of rank r 43.22, one of rank 4 r 46.59, and HydraLoRA 47.22.
 #
 # Why is A shared, and not B?
-# The paper saw that the A's of separately trained LoRAs "tend to converge", whereas the B's
-# are "distinguishable" (Observation II). It posits that this is "an artifact of the
-# initialization schemes", with A "inclined toward capturing commonalities across domains".
-# But Ban and Ji (2025, arXiv 2509.25414) find the A's alike only if they start alike, and
-# therefore share B. In train_toy.py, too, A's are alike only near a common start.
+# The paper saw that the A's of separately trained LoRAs "tend to converge", whereas the
+# B's are "distinguishable" (Observation II). It posits that this is "an artifact of the
+# initialization schemes", with A "inclined toward capturing commonalities across
+# domains". But Ban and Ji (2025, arXiv 2509.25414) find the A's alike only if they start
+# alike, and therefore share B. In train_toy.py, too, A's are alike only near one start.
 #
-# What remains is size: N LoRAs have N r (k + d) parameters, one A and N heads r (k + N d).
-# For N = 3, k = d and 36 * k parameters, one A allows rank 9 instead of 6. One B would save
-# as much, but then, the heads would write to only r dimensions of y. With one A, they can
-# write to N r, although they read only r features of x.
+# What remains is size: N LoRAs have N r (k + d) parameters, one A and N heads
+# r (k + N d). For N = 3, k = d and 36 * k parameters, one A allows rank 9 instead of 6.
+# One B would save as much, but then, the heads would write to only r dimensions of y.
+# With one A, they can write to N r, although they read only r features of x.
 #
 # Why do the heads differ, and specialise?
-# For one token, let g = dL/dy, let l = Wg^T x be the logits, so that w = softmax(l), and let
-# sum_j w_j B_j A x be the mixture. Then
+# For one token, let g = dL/dy, let l = Wg^T x be the logits, so that w = softmax(l), and
+# let sum_j w_j B_j A x be the mixture. Then
 #
 #     dL/dB_i = s w_i g (A x)^T            head i learns from a token in proportion to w_i
 #     dL/dA   = s sum_i w_i B_i^T g x^T    A learns through all heads
@@ -194,22 +195,22 @@ class HydraLoRALinear(nn.Module):
 #     dL/dWg  = x (dL/dl)^T                of shape (k, n)
 #
 # At the start, all B_i are 0. So in the first step, the gradients of A and Wg are 0, and
-# those of the heads differ only by their w_i. If the rows of router.weight were not random,
-# but equal, the heads would stay equal, except for rounding errors.
+# those of the heads differ only by their w_i. If the rows of router.weight were not
+# random, but equal, the heads would stay equal, except for rounding errors.
 #
-# Later, where head i lowers the loss more than the mixture, dL/dl_i is negative. So training
-# raises its logit, and lowers those of heads that do worse. Relative to theirs, its gate
-# grows, and then it learns more from such tokens. So if the router can tell these tokens by
-# x, a head's small random preference for them grows.
+# Later, where head i lowers the loss more than the mixture, dL/dl_i is negative. So
+# training raises its logit, and lowers those of heads that do worse. Relative to theirs,
+# its gate grows, and then it learns more from such tokens. So if the router can tell
+# these tokens by x, a head's small random preference for them grows.
 #
 # Can a head stay unused?
 # Yes. If w_i is nearly 0 for all tokens, so are the gradients of B_i and of row i of
-# router.weight, and SGD leaves both as they are. AdamW divides a gradient by its usual size,
-# so both still move, and a head that is needed can come back. One that is not needed mostly
-# stays unused: its B_i grows, but y hardly notices while w_i is small.
+# router.weight, and SGD leaves both as they are. AdamW divides a gradient by its usual
+# size, so both still move, and a head that is needed can come back. One that is not
+# needed mostly stays unused: its B_i grows, but y hardly notices while w_i is small.
 #
 # What does train_toy.py show?
-# Its three domains have different answers to the same symbols. Accuracy, if x has 64 features:
+# Its three domains have different answers to the same symbols. x has 64 features.
 #
 #     without the domain, at most  68.3%
 #     LoRA of full rank            75.9%
@@ -218,34 +219,34 @@ class HydraLoRALinear(nn.Module):
 #     HydraLoRA, untrained A       50.2%
 #     one B, an A_i per head       93.8%
 #
-# Whether heads divide the domains says little of accuracy. Mostly, they do within 20 of 400
-# steps, long before the answers are learnt. On another layer, they hardly do, at 99%.
+# Whether heads divide the domains says little of accuracy. Mostly, they do within 20 of
+# 400 steps, before the answers are learnt. On another layer, they hardly do, at 99%.
 
 
 # ---- Choices ----
 # Where the paper is silent or unclear, or the official code differs. L339 is line 339 of
-# https://github.com/Clin0212/HydraLoRA/blob/afb693b/HydraLoRA/peft/tuners/lora.py, and the
-# script is HydraLoRA/fine-tuning.sh there.
+# https://github.com/Clin0212/HydraLoRA/blob/afb693b/HydraLoRA/peft/tuners/lora.py, and
+# the script is HydraLoRA/fine-tuning.sh there.
 #
 # [1] The router reads x, as in the paper's text and L339. Wg is printed as (r, N), which
 #     would fit A x, but for LoRA MoE (Appendix A.2) as (d_m, n), which fits x.
 # [2] The router has no bias (L279). Wg (L299) starts like A (L295), Kaiming-uniform:
 #     U(-1, 1) / sqrt(k).
-# [3] The adapter is float32 (float64 if the base is), in the script bf16. The softmax is in
-#     float32 (L339) or float64: bf16 rounds a w_i near 1 to 1, and so its derivative,
+# [3] The adapter is float32 (float64 if the base is), in the script bf16. The softmax is
+#     in float32 (L339) or float64: bf16 rounds a w_i near 1 to 1, and so its derivative,
 #     w_i (1 - w_i), to 0.
 # [4] The update is scaled by lora_alpha / r (L284, L342): 16 / 8, in the script 32 / 4.
-# [5] All heads share one dropout mask, on A's input, and the router sees x without dropout
-#     (L339). L342 draws one per head, so that heads differ even with equal gates.
-# [6] Only y is returned. L347 adds "blcls", always 0 (L344), for the official model's loss.
-#     A balance loss, cv_squared (L315), is never called.
+# [5] All heads share one dropout mask, on A's input, and the router sees x without
+#     dropout (L339). L342 draws one per head, so heads differ even with equal gates.
+# [6] Only y is returned. L347 adds "blcls", always 0 (L344), for the official model's
+#     loss. A balance loss, cv_squared (L315), is never called.
 # [7] The caller picks the layers: the sources disagree. The paper's sizes (LoRA, r = 8:
 #     0.062%) fit q_proj and v_proj, as in Figs. 3 and 9. The script and issue 26 have
 #     gate_proj, up_proj and down_proj, which would be 0.172%.
-# [8] Merging uses one w for all tokens. The paper merges "based on the input" (Sec. 3.2.2),
-#     which we read as: for each token. The official code does not merge.
-# [9] k-means only chooses N, as in the official README. Appendix B speaks of "initializing
-#     HydraLoRA modules", but describes only this.
+# [8] Merging uses one w for all tokens. The paper merges "based on the input" (Sec.
+#     3.2.2), which we read as: for each token. The official code does not merge.
+# [9] k-means only chooses N, as in the official README. Appendix B speaks of
+#     "initializing HydraLoRA modules", but describes only this.
 
 
 # ---- Choosing N, Appendix B ----
@@ -342,7 +343,7 @@ class TinyBlock(nn.Module):
 
 
 class TinyTransformer(nn.Module):
-    """A GPT-style decoder, to try adapters on: tokens (b, t) -> logits (b, t, vocab_size)."""
+    """A GPT-style decoder to adapt: tokens (b, t) -> logits (b, t, vocab_size)."""
 
     def __init__(self, config):
         super().__init__()
@@ -416,8 +417,8 @@ def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
     if its name is a target or ends in "." + target. Other modules, such as fused MoE
     experts, are skipped. layer: HydraLoRALinear or a subclass.
 
-    A second call adapts more layers. Each call freezes all but the adapters: unfreeze a new
-    output layer after the last call, and save it yourself.
+    A second call adapts more layers. Each call freezes all but the adapters: unfreeze a
+    new output layer after the last call, and save it yourself.
     """
     modules = dict(model.named_modules())
     bases = {}
@@ -450,13 +451,13 @@ def _reset_compiler():
 def hook_gates(model, f):
     """Context manager: calls f(name, w) with each router's gates w (..., n).
 
-    If f returns a tensor of this shape, the layer uses it instead: `lambda name, w: 0 * w`
-    turns the adapters off. For a loss on gates, collect them by `gates = {}` and
+    If f returns a tensor of this shape, the layer uses it: `lambda name, w: 0 * w` turns
+    the adapters off. For a loss on gates, collect them by `gates = {}` and
     `hook_gates(model, gates.__setitem__)`. Enter it once, around the training loop: it
     resets torch.compiler, whose code does not notice hooks.
 
-    Checkpointing repeats the forward, and calls f again, in the backward. If f returns gates,
-    run the backward inside the context: after it, the repeat uses the router's own.
+    Checkpointing repeats the forward, and calls f again, in the backward. If f returns
+    gates, run the backward inside the context: after it, the repeat uses the router's own.
 
         backward    use_reentrant=False    use_reentrant=True
         inside      correct                correct, but a loss on gates has no gradient
@@ -495,9 +496,9 @@ def record_gates(model):
 def mean_gates(model, batches):
     """The mean w over all tokens of calibration inputs, in eval mode: dict name -> (n,).
 
-    batches: the model's inputs, tensors or dicts of keyword arguments. Padding would count,
-    and is noticed only if a dict's `attention_mask` has zeros. Merging with mean gates can
-    ruin the model, because w varies.
+    batches: the model's inputs, tensors or dicts of keyword arguments. Padding would
+    count, and is noticed only if a dict's `attention_mask` has zeros. Merging with mean
+    gates can ruin the model, because w varies.
     """
     layers, total, count = hydralora_layers(model), Counter(), Counter()
 
@@ -522,16 +523,16 @@ def mean_gates(model, batches):
             m.training = True
     for name in layers:
         if not count[name]:
-            raise ValueError(f"{name!r} got no token: no batch, no token routed to this expert, or "
-                             "the model never calls it")
+            raise ValueError(f"{name!r} got no token: no batch, no token routed to this expert, "
+                             "or the model never calls it")
     return {name: total[name] / count[name] for name in layers}
 
 
 def merge_hydralora(model, gates):
     """Replace each HydraLoRA layer by layer.merge(gates), or raise and change nothing.
 
-    gates: (n,) for all layers, or a dict name -> (n,), as from mean_gates. Returns the model.
-    To keep the adapters, merge a copy.deepcopy.
+    gates: (n,) for all layers, or a dict name -> (n,), as from mean_gates. Returns the
+    model. To keep the adapters, merge a copy.deepcopy.
     """
     merged = _each_layer(model, gates, "merge")
     return _replace(model, {layer: merged[name]
@@ -598,8 +599,8 @@ def from_official_state_dict(state):
 def export_lora(model, gates):
     """(state, config): a LoRA for PEFT with fixed gates, given as in merge_hydralora.
 
-    Save them as adapter_model.bin and adapter_config.json. If PEFT warns about missing keys,
-    as in many MoE models, merge instead.
+    Save them as adapter_model.bin and adapter_config.json. If PEFT warns about missing
+    keys, as in many MoE models, merge instead.
     """
     hydralora_state_dict(model)  # refuses meta and sharded
     for name, layer in hydralora_layers(model).items():
