@@ -17,9 +17,10 @@ o_proj, the output projection of the last attention, learns new ciphers.
 The task is designed so that a router helps. The input x of o_proj shows the domain,
 because each domain uses five symbols of its own four times as often as the others (in a
 harder test, on which nothing is trained, twice as often). The answer depends on domain
-and symbol together: on seed 0, f becomes k in domain 0, but l in domain 1. But x is
-nearly a domain part plus a symbol part, and so is a LoRA's B A x. Then only the frozen
-MLP can combine them. A ReLU after A, or gates computed from x, do so in the update.
+and symbol together: on seed 0, f becomes k in domain 0, but l in domain 1. However, x
+is nearly a domain part plus a symbol part, and so is a LoRA's B A x. So only the frozen
+MLP after it can combine the parts. A ReLU after A, or gates computed from x, combine
+them in the update.
 
 `run` is the experiment, in five parts, each on a claim of the paper.
 """
@@ -50,13 +51,13 @@ LENGTH = 32  # plaintext symbols in a sequence
 BATCH = 24  # sequences
 STEPS = 400  # of each training
 TEST = 500  # sequences
-WATCHED = (0, 5, 10, 20, 100, STEPS)  # steps after which HydraLoRA's heads are examined
-EARLY = 20  # steps in part 5, when A has hardly moved from its start
+WATCHED = (0, 5, 10, 20, 100, STEPS)  # steps after which we look at HydraLoRA's heads
+EARLY = 20  # steps in part 5, when A has hardly moved
 MAIN_RUN = ("LoRA", "LoRA with a ReLU", "HydraLoRA, random router", "LoRA MoE",
             "HydraLoRA, true labels", "HydraLoRA")  # of `methods`; --all adds the others
 
 Data = namedtuple("Data", "x h targets domain")  # x and h: (count, LENGTH, width)
-Row = namedtuple("Row", "size accuracy harder rarest")  # trained parameters; percents
+Row = namedtuple("Row", "size accuracy harder rarest")  # parameters; percents
 
 
 # ---- The data ----
@@ -152,7 +153,7 @@ def train(model, loss_of, batches, lr, router_rate=1.0, watch=lambda steps: None
 
 
 def pretrain(batches, seed, device):
-    """A frozen model that has learnt the ciphers, and the mean loss of each quarter."""
+    """A frozen model that has learnt the ciphers, and its mean loss in each quarter."""
     torch.manual_seed(seed)
     config = TinyConfig(SYMBOLS + 1, 2 * LENGTH, num_hidden_layers=2, num_attention_heads=8)
     model = TinyTransformer(config).to(device)
@@ -160,8 +161,8 @@ def pretrain(batches, seed, device):
     def loss_of(model, batch):
         plain, targets, domain = batch
         x, h = encode(model, plain)
-        # The auxiliary loss lets the first block find the symbol of each question mark, so
-        # that the last attention can find the domain. Without it, fewer heads follow it.
+        # With the auxiliary loss, the first block finds the symbol of each question mark, so
+        # the last attention can find the domain. Without it, fewer seeds' heads follow it.
         auxiliary = F.cross_entropy(model.lm_head(model.norm(h)).mT, plain)
         return answer_loss(model, Data(x, h, targets, domain)) + 2.0 * auxiliary
 
@@ -188,7 +189,7 @@ class LoRAExperts(HydraLoRALinear):
 
 
 class ReLULoRA(HydraLoRALinear):
-    """B ReLU(A x), for num_heads=1: a single head, whose gate w is 1."""
+    """B ReLU(A x), for num_heads=1, so that the only gate is 1."""
 
     def forward(self, x):
         y, x = self.base(x), x.to(self.lora_A.dtype)  # (..., d), (..., k)
@@ -233,14 +234,14 @@ def methods(n, r, k, d):
             n, rank(n * k + d), 0.16, partial(LoRAExperts, shared_B=True)),
         "LoRA-Split": Method(DOMAINS, rank(DOMAINS * (k + d)), 0.16, LoRAExperts, labels),
         "HydraLoRA, true labels": Method(DOMAINS, r, 0.16, gates=labels),
-        "HydraLoRA": Method(n, r, 0.32)}  # 0.16 is as good, but its heads divide less
+        "HydraLoRA": Method(n, r, 0.32)}  # 0.16 is as good
 
 
 def adapt(frozen, method, target, seed):
     """A copy of the frozen model with an adapter, and the adapted layer.
 
     Methods of equal n start from the same Wg, and methods with one A of equal rank from the
-    same A. With pretrain's seed, these would be the model's random numbers.
+    same A. The offsets keep them apart from pretrain's random numbers.
     """
     model = copy.deepcopy(frozen)
     torch.manual_seed(seed + 1_000_000)
@@ -255,7 +256,7 @@ def adapt(frozen, method, target, seed):
     return model, layer
 
 
-# ---- Parts 3 to 5 of the experiment ----
+# ---- Parts 3 to 5 ----
 def nmi(w, domain):
     """Normalised mutual information of domain and head, if each token's head is drawn with
     the probabilities w (count, LENGTH, n): 2 I(domain; head) / (H(domain) + H(head))."""
@@ -277,7 +278,7 @@ def print_heads(model, test, plain):
         print("   answer  ", *(mark + LETTERS[a] for mark, a in zip(marks, answers[i])), sep="")
         print("   head    ", *(f" {head}" for head in w[i].argmax(-1)), "\n", sep="")
 
-    print("   Mean gate of each head, and points of accuracy lost without the head:\n")
+    print("   Mean gate of each head, and points of accuracy lost without it:\n")
     n = w.shape[-1]
     gates = by_domain(w.mean(1), test.domain)  # (DOMAINS, n)
     lost = [by_domain(correct - accuracy(model, test, lambda w, _: w * others), test.domain)
@@ -319,7 +320,7 @@ def overlap(one, other):
 
 
 def is_observation_2(of_A, of_B):
-    """Whether, by their overlaps, A is alike and B is not: A is at most half as far from 1."""
+    """Whether A is alike and B is not: 1 - of_A is at most half of 1 - of_B."""
     return 1 - of_A <= (1 - of_B) / 2
 
 
@@ -340,7 +341,7 @@ def print_apart(frozen, training, test, options, seed):
 
         train(model, answer_loss, batches, 0.04, watch=watch)
 
-    print(f"   Overlap (1: the same space) after {EARLY} steps, and at the end:\n")
+    print(f"   Overlap (1: the same space) after {EARLY} steps, near the start, and at the end:\n")
     columns, numbers = ("A early", "B early", "A at end", "B at end"), {}
     print(f"   {'':24}", *map("{:>9}".format, columns))
     for pair, i, j in (("two domains, one start", 0, 1), ("one domain, two starts", 0, 2),
@@ -361,7 +362,7 @@ def print_apart(frozen, training, test, options, seed):
 def run(seed, options):
     """The experiment on one seed. Returns name -> Row, and name -> number."""
     torch.set_num_threads(1)  # the same digits on any number of cores
-    print(f"HydraLoRA on {DOMAINS} hidden domains, each with a cipher: seed {seed}\n")
+    print(f"HydraLoRA on {DOMAINS} hidden ciphers: seed {seed}\n")
     generator = torch.Generator().manual_seed(seed)
     ciphers = [torch.randperm(SYMBOLS, generator=generator) for _ in range(2 * DOMAINS)]
     old, new = torch.stack(ciphers).split(DOMAINS)  # each (DOMAINS, SYMBOLS): symbol -> answer
@@ -375,11 +376,11 @@ def run(seed, options):
     corpus = torch.cat([texts[0] for texts in training[:25]])
     found, sse = num_heads_from_corpus(corpus.tolist())
     n = options.heads or found
-    print("   Error (SSE) of k-means on 600 plaintexts, with 1, 2, ... centres:")
+    print(f"   Error (SSE) of k-means on {len(corpus)} plaintexts with 1, 2, ... centres:")
     print("  ", *map(round, sse))
     print(f"   Beyond {found} centres, the error hardly falls. Using {n} heads.\n")
 
-    print("Pre-training on the old ciphers. Mean loss of each quarter, with the auxiliary one:")
+    print("Pre-training on old ciphers. Mean loss of each quarter, with the auxiliary one:")
     frozen, quarters = pretrain(pretraining, seed, options.device)
     print("  ", *map("{:6.2f}".format, quarters))
     batches, tests = ([Data(*encode(frozen, texts[0]), *texts[1:]) for texts in some]
@@ -389,7 +390,7 @@ def run(seed, options):
     print("                              parameters  accuracy (%)  harder test (%)"
           "  mean loss of each quarter")
     bound = "   {:37}{:14.1f}{:17.1f}".format
-    print(bound("before", *(accuracy(frozen, data).mean() for data in tests)))
+    print(bound("before adapting", *(accuracy(frozen, data).mean() for data in tests)))
     d, k = frozen.layers[1].get_submodule(options.target).weight.shape
     rare = min(options.proportions)
     rows, models, course = {}, {}, {}
@@ -416,7 +417,8 @@ def run(seed, options):
                             best_possible(harder, new, HARDER, options))
     print(bound("best possible without the domain", *without))
     print(bound("best possible, domain inferred", *inferred))
-    print("\n   Losses start high, as the frozen model is sure of the old answers.\n")
+    print("\n   Losses start high, as the frozen model is sure of the old answers. True labels\n"
+          "   can beat the last line: they tell the domain.\n")
 
     print("3. Do HydraLoRA's heads specialise by domain (Sec. 3.2.1)?\n")
     print("   NMI of head and domain (0: independent, 1: each determines the other):\n")
@@ -428,8 +430,8 @@ def run(seed, options):
 
     numbers = {f"NMI after {steps} steps": value for steps, (value, _) in course.items()}
     numbers["NMI of head and domain"] = agreement[-1]
-    for what, found in (("without the domain", without), ("with it inferred", inferred)):
-        numbers |= zip((f"best {what} (%)", f"best {what}, harder test"), found)
+    for what, pair in (("without the domain", without), ("with it inferred", inferred)):
+        numbers |= zip((f"best {what} (%)", f"best {what}, harder test"), pair)
     numbers |= {f"lead over {name}, harder test": rows["HydraLoRA"].harder - row.harder
                 for name, row in rows.items() if name != "HydraLoRA"}
     everything = Data(*map(torch.cat, zip(*batches)))
@@ -468,7 +470,7 @@ def parse(arguments=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--seed", type=int, default=0, help="of ciphers, data and weights")
-    add("--seeds", type=int, default=1, help="how many, from --seed on; prints means")
+    add("--seeds", type=int, default=1, help="how many; from two on, prints means")
     add("--all", action="store_true", help="all methods of README's table")
     add("--heads", type=int, help="N; by default, by k-means")
     add("--rank", type=int, default=9, help="r of HydraLoRA")
