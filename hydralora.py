@@ -177,7 +177,8 @@ class HydraLoRALinear(nn.Module):
 # B's are "distinguishable" (Observation II). It posits that this is "an artifact of the
 # initialization schemes", with A "inclined toward capturing commonalities across
 # domains". But Ban and Ji (2025, arXiv 2509.25414) find the A's alike only if they start
-# alike, and therefore share B. In train_toy.py, too, A's are alike only near one start.
+# alike, and therefore share B. In train_toy.py, too, A's of two domains are alike only
+# near a common start.
 #
 # What remains is size: N LoRAs have N r (k + d) parameters, one A and N heads
 # r (k + N d). For N = 3, k = d and 36 * k parameters, one A allows rank 9 instead of 6.
