@@ -18,9 +18,9 @@ The task is designed so that a router helps. The input x of o_proj shows the dom
 because each domain uses five symbols of its own four times as often as the others (in a
 harder test, on which nothing is trained, twice as often). The answer depends on domain
 and symbol together: on seed 0, f becomes k in domain 0, but l in domain 1. However, x
-is nearly a domain part plus a symbol part, and so is a LoRA's B A x. So only the frozen
-MLP after it can combine the parts. A ReLU after A, or gates computed from x, combine
-them in the update.
+is nearly a domain part plus a symbol part, and so is a LoRA's B A x. So combining the
+parts is mostly left to the MLP after it. A ReLU after A, or gates computed from
+x, combine them in the update.
 
 `run` is the experiment, in five parts, each on a claim of the paper.
 """
@@ -61,11 +61,11 @@ Row = namedtuple("Row", "size accuracy harder rarest")  # parameters; percents
 
 
 # ---- The data ----
-def sample(batches, batch, ciphers, frequencies, seed, options):
+def sample(count, batch, ciphers, frequencies, seed, options):
     """A list of batches: plain and targets (batch, LENGTH), and domain (batch,)."""
     generator = torch.Generator().manual_seed(seed)
     domain = torch.tensor(options.proportions).multinomial(
-        batches * batch, True, generator=generator)
+        count * batch, True, generator=generator)
     plain = frequencies[domain].multinomial(LENGTH, True, generator=generator)
     targets = ciphers[domain[:, None], plain]
     return [*zip(*(t.to(options.device).split(batch) for t in (plain, targets, domain)))]
@@ -161,8 +161,8 @@ def pretrain(batches, seed, device):
     def loss_of(model, batch):
         plain, targets, domain = batch
         x, h = encode(model, plain)
-        # With the auxiliary loss, the first block finds the symbol of each question mark, so
-        # the last attention can find the domain. Without it, fewer seeds' heads follow it.
+        # With the auxiliary loss, the first block finds which symbol each ? stands for, so
+        # the last attention can find the domain. Else, heads follow it on fewer seeds.
         auxiliary = F.cross_entropy(model.lm_head(model.norm(h)).mT, plain)
         return answer_loss(model, Data(x, h, targets, domain)) + 2.0 * auxiliary
 
@@ -194,7 +194,7 @@ class ReLULoRA(HydraLoRALinear):
     def forward(self, x):
         y, x = self.base(x), x.to(self.lora_A.dtype)  # (..., d), (..., k)
         z = F.linear(self.lora_dropout(x), self.lora_A).relu()  # (..., r)
-        u = self.router(x) * (self.scaling * z)  # so that the router has a gradient
+        u = self.router(x) * (self.scaling * z)  # gate 1, so that no .grad is None
         return y + F.linear(u, self.lora_B[0]).to(y.dtype)
 
 
@@ -362,7 +362,7 @@ def print_apart(frozen, training, test, options, seed):
 def run(seed, options):
     """The experiment on one seed. Returns name -> Row, and name -> number."""
     torch.set_num_threads(1)  # the same digits on any number of cores
-    print(f"HydraLoRA on {DOMAINS} hidden ciphers: seed {seed}\n")
+    print(f"HydraLoRA on {DOMAINS} hidden domains: seed {seed}\n")
     generator = torch.Generator().manual_seed(seed)
     ciphers = [torch.randperm(SYMBOLS, generator=generator) for _ in range(2 * DOMAINS)]
     old, new = torch.stack(ciphers).split(DOMAINS)  # each (DOMAINS, SYMBOLS): symbol -> answer
@@ -378,7 +378,7 @@ def run(seed, options):
     n = options.heads or found
     print(f"   Error (SSE) of k-means on {len(corpus)} plaintexts with 1, 2, ... centres:")
     print("  ", *map(round, sse))
-    print(f"   Beyond {found} centres, the error hardly falls. Using {n} heads.\n")
+    print(f"   The elbow of this curve is at {found}. Using {n} heads.\n")
 
     print("Pre-training on old ciphers. Mean loss of each quarter, with the auxiliary one:")
     frozen, quarters = pretrain(pretraining, seed, options.device)
@@ -395,7 +395,7 @@ def run(seed, options):
     rare = min(options.proportions)
     rows, models, course = {}, {}, {}
 
-    def watch(steps):
+    def watch(steps):  # name: in the loop
         if name == "HydraLoRA" and steps in WATCHED:
             w, correct = gates_and_accuracy(models[name], tests[0])
             course[steps] = nmi(w, domain), correct.mean().item()
