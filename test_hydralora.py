@@ -37,7 +37,7 @@ test_oracle_gradients[3d-plain-odd-bias-fp64] are:
     -k "oracle and not gradients"                     a kernel without a backward
     -k "oracle and not compiled"                      a kernel without torch.compile
 
-To use the oracle, you can stop here. To understand it, read on:
+To use it, stop here. To understand it, read on:
 
     The definition     what is correct
     The cases          on which inputs: sizes, dtypes, strides
@@ -53,7 +53,7 @@ To use the oracle, you can stop here. To understand it, read on:
 To add a case, add a row to CASES, or to LARGE if it is slow. To add a test, write it
 above TESTS:
 
-    @each_mode_and_case("plain")  # or @each_case, without `mode`
+    @each_mode_and_case("plain")  # or @each_case: no `mode`, named gradients
     def test_oracle_two_calls(implementation, mode, case):
         inputs = make(case)
         for i in (1, 2):
@@ -340,7 +340,7 @@ def largest(errors):
 def tolerance(case):
     """Returns, for y and each gradient, how large the error of a row or column may be:
 
-        eps + 4 * the largest error of the definition, computed in the kernel's dtypes
+        eps + 4 * the definition's largest error, in the kernel's dtypes, in 1 or 3 draws
 
     For y of "plain" in bf16, this is 0.0078 + 4 * 0.0077 = 0.039. Mixed dtypes are
     computed in 16 bits, since a kernel may do so. fp64 gets 1e-10 more, and fp32 1e-4,
