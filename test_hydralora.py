@@ -174,11 +174,11 @@ EQUAL = dict(k=4, d=4, r=4, n=4)
 CASES = {  # how each case differs from Case()
     "plain": {},
     "square": ALIGNED,
-    "tokens": ALIGNED | dict(lead=(40,)),  # a sequence without a batch axis
+    "tokens": ALIGNED | dict(lead=(40,)),  # without a batch axis
     "biased": dict(lead=(2, 64), k=128, d=128, r=16, n=8),
     "equal-sizes": EQUAL | dict(lead=(2, 2)),
     "equal-tokens": EQUAL | dict(lead=(4,)),
-    # sizes that fill only a part of a tile
+    # sizes that fill a part of a tile
     "part-tiles": dict(lead=(2, 40), k=192, d=32, r=32, n=6, bias=False, strides=("gaps", 0)),
     "odd-sizes": dict(lead=(2, 1, 3, 17), k=73, d=150, r=13, n=11, scaling=-0.4,
                       strides=("swapped, with gaps", 14)),
@@ -203,7 +203,7 @@ LARGE = {
     "script": dict(lead=(2, 130), k=256, d=768, r=4, n=3, scaling=8.0),
     "tiles": dict(lead=(2, 64), k=128, d=192, r=32, n=32, bias=False),
     "past-tiles": dict(lead=(2, 65), k=577, d=131, r=33, n=35),
-    # sums over many tokens; as the mean is 1, errors add up
+    # as the mean is 1, errors of sums add up
     "many-tokens": dict(lead=(512, 8), k=32, d=32, r=16, n=3, bias=False, mean=1.0),
     "sequence": dict(lead=(1, 3300), k=128, d=72, r=144, n=2, strides=("offset", 0)),
     # more tiles than a GPU has processors
@@ -447,7 +447,7 @@ class Call:
         written = [name for name in self.required
                    if self.inputs[name].is_leaf and self.inputs[name].grad is not None]
         self.require(not written, f"the backward wrote to .grad of {', '.join(written)}",
-                     "It must return the gradients, which PyTorch then adds to .grad.")
+                     "It must return the gradients, which PyTorch adds to .grad.")
         self.returned |= {name: g.clone() for name, g in grads.items()}
         return {"y": self.y} | grads
 
@@ -793,14 +793,14 @@ def test_oracle_memory_is_freed(implementation, mode, case):
 
 @each_case("plain", "square", among=["fp32", "bf16"])
 def test_oracle_gradients_compiled(implementation, case):
-    """The test compares custom ops with their fakes, and compiles the kernel, as far as
-    torch.compile can."""
+    """The test compares custom ops with their fakes, and compiles the kernel."""
     torch.compiler.reset()
     compiled = torch.compile(lambda *inputs: implementation(*inputs), backend="eager")
     case = replace(case, scaling=0.5, strides=("swapped", 0))
     with CrossRefFakeMode(lambda op: op.namespace == "aten"):
         check(implementation, case, torch.enable_grad, None, "for torch.compile: ")
-    check(compiled, case, torch.enable_grad, None, "under torch.compile: ")
+    if (case.name, case.dtypes) in [("plain", "fp32"), ("square", "bf16")]:  # slow
+        check(compiled, case, torch.enable_grad, None, "under torch.compile: ")
 
 
 TESTS = {name.removeprefix("test_oracle_"): test for name, test in globals().items()
