@@ -22,7 +22,7 @@ is nearly a domain part plus a symbol part, and so is a LoRA's B A x. So combini
 parts is mostly left to the MLP after it. A ReLU after A, or gates computed from
 x, combine them in the update.
 
-`run` is the experiment, in five parts, each on a claim of the paper.
+`run` is the experiment in five parts, each on a claim of the paper.
 """
 import argparse
 import copy
@@ -45,14 +45,14 @@ DOMAINS = 3
 SYMBOLS = 15  # 0 .. SYMBOLS - 1; the token SYMBOLS is the question mark
 LETTERS = "abcdefghijklmno?"
 OWN = torch.arange(SYMBOLS) % DOMAINS == torch.arange(DOMAINS)[:, None]  # every third
-FREQUENCIES, HARDER = (  # of each symbol in each domain: (DOMAINS, SYMBOLS)
+FREQUENCIES, HARDER = (  # of symbols in each domain: (DOMAINS, SYMBOLS)
     F.normalize(torch.where(OWN, times, 1.0), p=1) for times in (4.0, 2.0))
 LENGTH = 32  # plaintext symbols in a sequence
 BATCH = 24  # sequences
 STEPS = 400  # of each training
 TEST = 500  # sequences
-WATCHED = (0, 5, 10, 20, 100, STEPS)  # steps after which we look at HydraLoRA's heads
-EARLY = 20  # steps in part 5, when A has hardly moved
+WATCHED = (0, 5, 10, 20, 100, STEPS)  # steps after which we look at the heads
+EARLY = 20  # steps in part 5; A has hardly moved
 MAIN_RUN = ("LoRA", "LoRA with a ReLU", "HydraLoRA, random router", "LoRA MoE",
             "HydraLoRA, true labels", "HydraLoRA")  # of `methods`; --all adds the others
 
@@ -88,7 +88,7 @@ def by_domain(values, domain):
     return F.normalize(F.one_hot(domain, DOMAINS).T.to(values), p=1) @ values
 
 
-# ---- The model, cut at the last o_proj, so that the part before it runs only once ----
+# ---- The model, cut at the last o_proj: what is before it runs only once ----
 def encode(model, plain):
     """At the question marks, the input x of the last o_proj, and the hidden state h to
     which its output is added: each (count, LENGTH, width)."""
@@ -267,7 +267,7 @@ def nmi(w, domain):
 
 
 def print_heads(model, test, plain):
-    """Part 3, at the end of training."""
+    """Part 3, after training."""
     print("\n   A sequence of each domain, the answer (* before an error), and the head with the\n"
           "   largest gate:\n")
     w, correct = gates_and_accuracy(model, test)
@@ -289,12 +289,12 @@ def print_heads(model, test, plain):
         print(f"   domain {i} ", *map("  {:.2f} {:5.1f} ".format, gates[i], points), sep="|")
 
 
-def print_merged(model, training, tests):
+def print_merged(model, batches, tests):
     """Part 4. Returns its numbers."""
     print("\n4. Merging needs the same gates for all tokens. What is left (Sec. 3.2.2)?\n")
-    w, _ = gates_and_accuracy(model, training)
-    once, each = w.mean((0, 1)), by_domain(w.mean(1), training.domain)
-    ways = {  # with fixed gates, a layer computes the same as when it is merged
+    w = torch.cat([gates_and_accuracy(model, data)[0].mean(1) for data in batches])
+    once, each = w.mean(0), by_domain(w, torch.cat([data.domain for data in batches]))
+    ways = {  # with fixed gates, a layer computes the same as when merged
         "not merged": None,
         "merged once, for all": lambda w, domain: once.expand_as(w),
         "merged for each domain": lambda w, domain: each[domain, None].expand_as(w)}
@@ -329,14 +329,13 @@ def print_apart(frozen, training, test, options, seed):
     print("5. Of LoRAs that are trained apart, are the A's alike, and the B's not (Fig. 3)?\n")
     layers, learnt = {EARLY: [], STEPS: []}, {EARLY: [], STEPS: []}
     for only, start in ((0, seed), (1 % DOMAINS, seed), (0, seed + 500_000)):
-        own = Data(*(t[training.domain == only].split(BATCH) for t in training))
-        batches = ([*map(Data, *own)] * STEPS)[:STEPS]
+        own, own_test = (Data(*(t[data.domain == only] for t in data)) for data in (training, test))
+        batches = ([*map(Data, *(t.split(BATCH) for t in own))] * STEPS)[:STEPS]
         model, layer = adapt(frozen, Method(1, options.rank, 0.04), options.target, start)
 
         def watch(steps):
             if steps in layers:
-                correct = by_domain(accuracy(model, test), test.domain)
-                learnt[steps].append(correct[only].item())
+                learnt[steps].append(accuracy(model, own_test).mean().item())
                 layers[steps].append(copy.deepcopy(layer))
 
         train(model, answer_loss, batches, 0.04, watch=watch)
@@ -360,7 +359,7 @@ def print_apart(frozen, training, test, options, seed):
 
 # ---- The experiment ----
 def run(seed, options):
-    """The experiment on one seed. Returns name -> Row, and name -> number."""
+    """The experiment on one seed. Returns name -> Row and name -> number."""
     torch.set_num_threads(1)  # the same digits on any number of cores
     print(f"HydraLoRA on {DOMAINS} hidden domains: seed {seed}\n")
     generator = torch.Generator().manual_seed(seed)
@@ -434,8 +433,8 @@ def run(seed, options):
         numbers |= zip((f"best {what} (%)", f"best {what}, harder test"), pair)
     numbers |= {f"lead over {name}, harder test": rows["HydraLoRA"].harder - row.harder
                 for name, row in rows.items() if name != "HydraLoRA"}
+    numbers |= print_merged(models["HydraLoRA"], batches, tests)
     everything = Data(*map(torch.cat, zip(*batches)))
-    numbers |= print_merged(models["HydraLoRA"], everything, tests)
     return rows, numbers | print_apart(frozen, everything, tests[0], options, seed)
 
 
