@@ -20,9 +20,8 @@ NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are trained.
     Wg     router.weight  (n, k)    the paper's Wg^T, as nn.Linear stores a weight
     w      w, gates       (..., n)  one gate per head, for each token; (n,) if fixed
 
-The code scales the update by s = scaling. All N heads run on each token. [1] to [9]
-refer to "Choices", below the layer. Of the code, "The layer" and "Choosing N" are from
-the paper, the rest are tools.
+The code scales the update by s = scaling. All N heads run on each token. [1] to [9] refer
+to "Choices". Only "The layer" and "Choosing N" are from the paper.
 """
 import copy
 import math
@@ -35,17 +34,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__version__ = "0.12.0"
+__version__ = "0.13.0"
 
 
 # ---- The layer ----
+# MIT License, (c) 2026 the "HydraLoRA in one file" authors. A copy needs these imports:
+# import copy, math, torch, torch.nn.functional as F; from torch import nn
+# Freeze the rest of the model. Modules that read .weight instead of calling the layer bypass
+# it: nn.MultiheadAttention, nn.TransformerEncoderLayer in eval mode, Mamba.
 class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
     """Eq. 4: x (..., k) -> gates w (..., n).
 
-    A subclass may return other gates. Those of a whole sequence are (b, 1, n), because
-    (b, n) would mean b tokens. There must be n of them:
+    A router that reads a whole sequence returns (b, 1, n), because (b, n) would mean b tokens,
+    without an error if b = t. It sees the future, and its gates change with a KV cache. A
+    subclass may return any gates, but there must be n of them:
 
-        class TopTwo(Router):
+        class TopTwo(Router):  # for two heads or more
             def forward(self, x):
                 w = super().forward(x)
                 return w * (w >= w.topk(2).values[..., -1:])  # not rescaled
@@ -65,7 +69,7 @@ class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
     def forward(self, x):
         logits = F.linear(x, self.weight)  # (..., n), no bias [2]
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        w = logits.softmax(-1, dtype=dtype)  # float32, so that a gate near 1 has a gradient [3]
+        w = logits.softmax(-1, dtype=dtype)  # (..., n) [3]
         return w.to(logits.dtype)
 
 
@@ -91,9 +95,9 @@ class HydraLoRALinear(nn.Module):
         k, d = base.in_features, base.out_features
         self.in_features, self.out_features = k, d
         self.num_heads, self.r = num_heads, r
-        self.scaling = lora_alpha / r  # not in the paper [4]
+        self.scaling = lora_alpha / r  # [4]
         dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
-        options = dict(device=base.weight.device, dtype=dtype)  # float32 on a bf16 base [3]
+        options = dict(device=base.weight.device, dtype=dtype)  # [3]
         self.lora_A = nn.Parameter(torch.empty(r, k, **options))
         self.lora_B = nn.Parameter(torch.empty(num_heads, d, r, **options))
         self.lora_dropout = nn.Dropout(lora_dropout)
@@ -116,7 +120,7 @@ class HydraLoRALinear(nn.Module):
         x = x.to(self.lora_A.dtype)
         w = self.router(self.router_input(x))            # (..., n), Eq. 4, of x, not of A x [1]
         z = F.linear(self.lora_dropout(x), self.lora_A)  # (..., r), A x, one mask for all heads [5]
-        u = w[..., None] * (self.scaling * z)[..., None, :]      # (..., n, r), s w_i A x
+        u = w.unflatten(-1, (self.num_heads, 1)) * (self.scaling * z)[..., None, :]  # (..., n, r)
         delta = torch.einsum("...nr,ndr->...d", u, self.lora_B)  # (..., d), Eq. 3
         return y + delta.to(y.dtype)                     # (..., d), no loss [6]
 
@@ -126,17 +130,17 @@ class HydraLoRALinear(nn.Module):
     weight = property(lambda self: self.base.weight)  # some models, such as T5, read it
     bias = property(lambda self: self.base.bias)
 
-    # Merging, with one w for all tokens [8].
     @torch.no_grad()
     def to_lora(self, gates):
-        """Eq. 1 for fixed gates (n,): A (r, k) and B = s sum_i gates_i B_i (d, r)."""
+        """Eq. 1 for fixed gates (n,) [8]: A (r, k) and B = s sum_i gates_i B_i (d, r)."""
         if type(self).forward is not HydraLoRALinear.forward:
             raise TypeError(f"{type(self).__name__} overrides forward, but not to_lora or merge")
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         A, heads = self.lora_A.to(dtype, copy=True), self.lora_B.to(dtype)
         gates = torch.as_tensor(gates).to(heads)
-        if gates.shape != (self.num_heads,):
-            raise ValueError(f"gates must be {self.num_heads} numbers, got {[*gates.shape]}")
+        if gates.shape != (self.num_heads,) or not gates.isfinite().all():
+            raise ValueError(
+                f"gates must be finite, and {self.num_heads} numbers, got {[*gates.shape]}")
         B = self.scaling * (gates[:, None, None] * heads).sum(0)
         return A, B
 
@@ -263,8 +267,8 @@ def tf_idf(texts):
 def sse_curve(X, max_centres):
     """The SSE of k-means, sum_i min_j |X_i - C_j|^2, for 1, ..., max_centres centres.
 
-    The paper starts from random centres. Fast global k-means (Likas et al., 2003) keeps the
-    centres found so far, and adds the document that lowers the SSE most.
+    The paper starts from random centres. In fast global k-means (Likas et al., 2003), each
+    new centre is the document that lowers the SSE most.
     """
     between = torch.cdist(X, X).square()  # (m, m)
     C = X.mean(0, keepdim=True)  # (1, terms)
@@ -379,9 +383,9 @@ def _require_layers(model):
 
 
 def _require_names(what, given, expected):
-    missing, unknown = expected.keys() - given.keys(), given.keys() - expected.keys()
+    wrong = dict(missing=expected.keys() - given.keys(), unknown=given.keys() - expected.keys())
     problems = [f"{len(names)} {kind}, first {min(names)!r}"
-                for kind, names in [("missing", missing), ("unknown", unknown)] if names]
+                for kind, names in wrong.items() if names]
     if problems:
         raise ValueError(f"names in {what}: {'; '.join(problems)}")
 
@@ -414,13 +418,15 @@ def _replace(model, new):
 def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
     """Freeze the model, wrap the nn.Linear layers that match, and return the model.
 
-    target_modules: "q_proj", "layers.0.q_proj" or a list of them [7]. A layer matches
-    if its name is a target or ends in "." + target. Other modules, such as fused MoE
-    experts, are skipped. layer: HydraLoRALinear or a subclass.
+    target_modules: one or more names, or ends of names such as "q_proj" [7]. Other modules,
+    such as fused MoE experts, are skipped. layer: HydraLoRALinear or a subclass.
 
-    A second call adapts more layers. Each call freezes all but the adapters: unfreeze a
-    new output layer after the last call, and save it yourself.
+    A second call adapts more layers. Each call freezes all but the adapters: unfreeze a new
+    output layer after the last call, and save it yourself. Print hydralora_layers(model) to
+    see what was adapted. A trainable .grad that is None after a backward belongs to a layer
+    that the model never called, or to an MoE expert without tokens.
     """
+    _refuse_wrapper(model)
     modules = dict(model.named_modules())
     bases = {}
     for target in [target_modules] if isinstance(target_modules, str) else target_modules:
@@ -453,17 +459,14 @@ def hook_gates(model, f):
     """Context manager: calls f(name, w) with each router's gates w (..., n).
 
     If f returns a tensor of this shape, the layer uses it: `lambda name, w: 0 * w` turns
-    the adapters off. For a loss on gates, collect them by `gates = {}` and
-    `hook_gates(model, gates.__setitem__)`. Enter it once, around the training loop: it
-    resets torch.compiler, whose code does not notice hooks.
+    the adapters off. For a loss on gates, `hook_gates(model, gates.__setitem__)` collects
+    them in a dict. Enter the context once, around the training loop: it resets
+    torch.compiler, because compiled code ignores new hooks.
 
-    Checkpointing repeats the forward, and calls f again, in the backward. If f returns
-    gates, run the backward inside the context: after it, the repeat uses the router's own.
-
-        backward    use_reentrant=False    use_reentrant=True
-        inside      correct                correct, but a loss on gates has no gradient
-        after       an error *             wrong gradients, no error
-        * wrong gradients, no error, if the router is frozen and x needs no gradient
+    Checkpointing repeats the forward in the backward, and so calls f again. If f returns
+    gates, run the backward inside the context. Outside, the repeat uses the router's own
+    gates: an error or, with use_reentrant=True or a frozen router, wrong gradients. With
+    use_reentrant=True, a loss on gates has no gradient.
     """
     layers = _require_layers(model)
     if len({layer.router for layer in layers.values()}) < len(layers):
@@ -471,7 +474,7 @@ def hook_gates(model, f):
 
     def call(name, w):
         w = f(name, w)
-        # Autograd saves the 1, and checkpointing raises an error if its repeat does not.
+        # Autograd saves this 1. If checkpointing's repeat does not, it raises an error.
         return None if w is None else w * w.new_ones(())
 
     hooks = [layer.router.register_forward_hook(lambda router, x, w, name=name: call(name, w))
@@ -497,9 +500,9 @@ def record_gates(model):
 def mean_gates(model, batches):
     """The mean w over all tokens of calibration inputs, in eval mode: dict name -> (n,).
 
-    batches: the model's inputs, tensors or dicts of keyword arguments. Padding would
-    count, and is noticed only if a dict's `attention_mask` has zeros. Merging with mean
-    gates can ruin the model, because w varies.
+    batches: the model's inputs, tensors or dicts of keyword arguments. Do not pad, because
+    padding counts: only zeros in an attention mask raise an error, padded labels do not.
+    Merging with mean gates can ruin the model, because w varies.
     """
     layers, total, count = hydralora_layers(model), Counter(), Counter()
 
@@ -509,9 +512,10 @@ def mean_gates(model, batches):
         count[name] += len(w)
 
     def run_mapping(**arguments):
-        mask = arguments.get("attention_mask")
-        if mask is not None and not mask.all():
-            raise ValueError("attention_mask has zeros: use batches without padding")
+        for key in ("attention_mask", "decoder_attention_mask"):
+            mask = arguments.get(key)
+            if mask is not None and not mask.all():
+                raise ValueError(f"{key} has zeros: use batches without padding")
         model(**arguments)
 
     training = [m for m in model.modules() if m.training]
@@ -524,7 +528,7 @@ def mean_gates(model, batches):
             m.training = True
     for name in layers:
         if not count[name]:
-            raise ValueError(f"{name!r} got no token: no batch, no token routed to this expert, "
+            raise ValueError(f"{name!r} got no token: no batch, none routed to this expert, "
                              "or the model never calls it")
     return {name: total[name] / count[name] for name in layers}
 
@@ -541,6 +545,12 @@ def merge_hydralora(model, gates):
 
 
 # ---- Files ----
+def _refuse_wrapper(model):
+    kinds = {"DistributedDataParallel", "DataParallel", "AveragedModel", "OptimizedModule"}
+    if kinds & {kind.__name__ for kind in type(model).__mro__}:
+        raise ValueError(f"give the model inside this {type(model).__name__}")
+
+
 def _adapter(model):
     return {f"{name}.{key}".removeprefix("."): t for name, layer in _require_layers(model).items()
             for key, t in layer.state_dict().items() if not key.startswith("base.")}
@@ -549,18 +559,19 @@ def _adapter(model):
 def hydralora_state_dict(model):
     """The adapter: NAME.lora_A (r, k), NAME.lora_B (n, d, r), NAME.router.weight (n, k).
 
-    Save inject_hydralora's arguments, too: lora_alpha and layer are not in it.
+    It shares memory with the model. Save inject_hydralora's arguments, too, except layer,
+    a class: lora_alpha is not in the state.
     """
+    _refuse_wrapper(model)
     state = _adapter(model)
     for key, t in state.items():
         matrix = key.endswith(("lora_A", "lora_B", "router.weight"))
         if "_fsdp_wrapped_module" in key or matrix and t.dim() < 2:
-            advice = ("FSDP1, take the keys that hydralora_state_dict(model) had before wrapping "
-                      "from model.state_dict() under FULL_STATE_DICT")
+            advice = ("FSDP1, save from model.state_dict() under FULL_STATE_DICT the keys that "
+                      "this function returned before wrapping")
         elif type(t) is not torch.Tensor:
-            advice = ("FSDP2, save by get_model_state_dict (full_state_dict=True, "
-                      "ignore_frozen_params=True), load by set_model_state_dict "
-                      "(full_state_dict=True, strict=False)")
+            advice = ("FSDP2, use get_model_state_dict and set_model_state_dict with "
+                      "full_state_dict=True (also ignore_frozen_params=True or strict=False)")
         elif t.is_meta:
             advice = "accelerate, call accelerate.hooks.remove_hook_from_submodules(model)"
         else:
@@ -600,8 +611,7 @@ def from_official_state_dict(state):
 def export_lora(model, gates):
     """(state, config): a LoRA for PEFT with fixed gates, given as in merge_hydralora.
 
-    Save them as adapter_model.bin and adapter_config.json. If PEFT warns about missing
-    keys, as in many MoE models, merge instead.
+    If PEFT warns about missing keys, as in many MoE models, merge instead.
     """
     hydralora_state_dict(model)  # refuses meta and sharded
     for name, layer in hydralora_layers(model).items():
@@ -616,5 +626,5 @@ def export_lora(model, gates):
     for name, (A, B) in loras.items():
         prefix, pad = f"base_model.model.{name}", r - len(A)
         state[f"{prefix}.lora_A.weight"] = F.pad(A, (0, 0, 0, pad))  # (r, k)
-        state[f"{prefix}.lora_B.weight"] = F.pad(B, (0, pad))        # (d, r)
+        state[f"{prefix}.lora_B.weight"] = F.pad(B, (0, pad))  # (d, r)
     return state, config

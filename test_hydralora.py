@@ -1196,6 +1196,20 @@ def test_dtypes(dtype):
         assert layer(x).dtype == layer.base(x).dtype
 
 
+def test_layer_can_be_copied_alone():
+    """The section names its imports. It computes its docstring's example."""
+    file = Path(sys.modules[HydraLoRALinear.__module__].__file__).read_text(encoding="utf-8")
+    section, names = re.search("# ---- The layer(.*?)\n# ---- ", file, re.S)[1], {}
+    exec(re.search("# (import .*)", section)[1] + "\n#" + section, names)
+    layer = names["HydraLoRALinear"](nn.Linear(2, 2), num_heads=2, r=1, lora_alpha=2)
+    for p, values in zip(layer.parameters(), [
+            [1, 1], [1, 2, 5, -2], [math.log(3), 0, 0, 0], [1, 0, 0, 1], [10, 20]]):
+        p.data = torch.tensor(values).float().view(p.shape)
+    for example in (layer, layer.merge([3 / 4, 1 / 4])):
+        close(example(torch.tensor([1.0, 2])).detach(), torch.tensor([23.0, 28]))
+    assert "MIT" in section
+
+
 def test_router_of_16_bits_learns_at_a_gate_near_1():
     router = Router(1, 2).to(bf16)
     router.weight.data[:, 0] = torch.tensor([7.0, 0.0])
@@ -1418,6 +1432,10 @@ def test_gates_compiled_or_not(compiled):
     close([*means], [w.mean((0, 1)) for w in gates.values()])
     with hook_gates(model, lambda name, w: 0 * w):
         close(run(IDS), plain_model()(IDS))
+    for columns in ([0], [*range(N), 0]):  # not n gates
+        with hook_gates(model, lambda name, w: w[..., columns]):
+            with pytest.raises(RuntimeError, match="unflatten"):
+                run(IDS)
     assert torch.equal(run(IDS), logits)
 
 
@@ -1497,16 +1515,22 @@ def layer_with(name, t):
     ("r must", lambda: make_layer(r=0)),
     ("float16", lambda: make_layer(dtype=f16, lora_alpha=1e7).merge(GATES)),
     (r"4 numbers, got \[4, 1\]", lambda: make_layer().to_lora(GATES[:, None])),
+    *(("0: gates must be finite", lambda bad=bad: export_lora(nn.Sequential(make_layer()), bad))
+      for bad in ([math.nan, 0, 0, 0], GATES / 0)),
     ("^0: Own overrides forward, but not to_lora or merge", lambda: merge_hydralora(nn.Sequential(
         make_layer(layer=type("Own", (HydraLoRALinear,), dict(forward=print)))), GATES)),
     ("no HydraLoRA layer", lambda: merge_hydralora(plain_model(), GATES)),
     ("share a router", lambda: mean_gates(shared_router(), [IDS])),
-    ("mask has zeros", lambda: mean_gates(
-        adapted_model(), [collections.UserDict(attention_mask=torch.ones(2, 2).triu())])),
+    *((f"^{mask} has zeros", lambda mask=mask: mean_gates(
+        adapted_model(), [collections.UserDict({mask: torch.ones(2, 2).triu()})]))
+      for mask in ("attention_mask", "decoder_attention_mask")),
     ("mapping, not tuple", lambda: mean_gates(adapted_model(), [(IDS, IDS)])),
     ("layers.0.q_proj. got no token", lambda: mean_gates(adapted_model(), [])),
     ("dt_proj. got no token", lambda: mean_gates(never_called(), [torch.ones(K)])),
     ("routed to this expert", lambda: mean_gates(make_layer(), [randn(0, K)])),
+    *(("inside this", lambda wrap=wrap: hydralora_state_dict(wrap(adapted_model())))
+      for wrap in (nn.DataParallel, torch.optim.swa_utils.AveragedModel,
+                   functools.partial(torch.compile, backend="eager"))),
     ("accelerate", lambda: export_lora(adapted_model().to("meta"), GATES)),
     *((f"{name} is .* {word}", lambda name=name, t=t: hydralora_state_dict(layer_with(name, t)))
       for name in ("lora_A", "lora_B", "router.weight")
@@ -1530,7 +1554,8 @@ def test_bad_call_is_refused(word, call):
     (plain_model(), "proj", "nothing"),
     (adapted_model(), ["o_proj", "q_proj"], "hydralora.HydraLoRALinear"),
     (nn.TransformerEncoderLayer(8, 2), "linear1", "TransformerEncoderLayer.* may not call"),
-    (nn.MultiheadAttention(8, 2), "out_proj", "MultiheadAttention.* may not call")])
+    (nn.MultiheadAttention(8, 2), "out_proj", "MultiheadAttention.* may not call"),
+    (nn.DataParallel(plain_model()), "o_proj", "inside this DataParallel")])
 def test_refused_injection_changes_nothing(model, target_modules, word):
     next(model.parameters()).requires_grad_(False)
     trained, modules = trained_names(model), [*model.modules()]
@@ -1555,6 +1580,8 @@ def test_fsdp1_is_saved_as_the_message_says():
     fsdp, model = pytest.importorskip("torch.distributed.fsdp"), adapted_model()
     adapter, store = copy.deepcopy(hydralora_state_dict(model)), torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    with pytest.raises(ValueError, match="inside this DistributedDataParallel"):
+        hydralora_state_dict(nn.parallel.DistributedDataParallel(adapted_model()))
     model = fsdp.FullyShardedDataParallel(model, use_orig_params=True, device_id=IDS.device)
     with pytest.raises(ValueError, match="FULL_STATE_DICT"):
         hydralora_state_dict(model)
