@@ -170,88 +170,88 @@ class HydraLoRALinear(nn.Module):
 # ---- Why it works ----
 # Why a router, and not a larger rank?
 # A LoRA's update, B A x, is linear in x at any rank. If x is the sum of a part for the
-# domain (a topic or task) and a part for the word, so is the update, and it cannot treat
-# a word differently in two domains. Nor can HydraLoRA with one w for all tokens, because
-# Eq. 3 is then a LoRA with B = sum_i w_i B_i. A router makes w depend on x, so tokens of
-# different domains get different matrices. In the paper (MMLU), equal w_i reach 42.81, a
-# LoRA of rank r 43.22, one of rank 4 r 46.59, and HydraLoRA 47.22.
+# domain (a topic or task) and a part for the word, so is the update, and it cannot
+# treat a word differently in two domains. Nor can HydraLoRA with one w for all tokens,
+# because Eq. 3 is then a LoRA with B = sum_i w_i B_i. A router makes w depend on x, so
+# tokens of different domains get different matrices. On MMLU, the paper reports 47.22
+# for HydraLoRA, 42.81 for equal w_i, 45.45 for a LoRA of HydraLoRA's size, and 46.59
+# for one twice as large. Next to a non-linearity, a LoRA may need no router: it is as
+# good on the up_proj and down_proj of train_toy.py.
 #
 # Why is A shared, and not B?
-# The paper saw that the A's of separately trained LoRAs "tend to converge", whereas the
-# B's are "distinguishable" (Observation II). It posits that this is "an artifact of the
+# The paper saw that LoRAs of different tasks have A's that "tend to converge" and B's
+# that are "distinguishable" (Observation II). It posits "an artifact of the
 # initialization schemes", with A "inclined toward capturing commonalities across
-# domains". But Ban and Ji (2025, arXiv 2509.25414) find the A's alike only if they start
-# alike, and therefore share B. In train_toy.py, too, A's of two domains are alike only
-# near a common start.
+# domains". Two causes of similar A's are known:
 #
-# What remains is size: N LoRAs have N r (k + d) parameters, one A and N heads
-# r (k + N d). For N = 3, k = d and 36 * k parameters, one A allows rank 9 instead of 6.
-# One B would save as much, but then, the heads would write to only r dimensions of y.
-# With one A, they can write to N r, although they read only r features of x.
+# - A common start. Near it, A's are alike whatever the domain, and B's are not. On
+#   LLaMA2-7B, where A hardly moves, A's from two starts differ even for one task (Ban
+#   and Ji, 2025, arXiv 2509.25414).
+# - A common domain. After training in train_toy.py, LoRAs of one domain overlap by 0.85
+#   in A and by 0.88 in B, even from two starts; those of two domains overlap by 0.39
+#   and 0.49, from one start or two (chance: 0.14).
 #
-# Why do the heads differ, and specialise?
-# For one token, let g = dL/dy, let l = Wg^T x be the logits, so that w = softmax(l), and
-# let sum_j w_j B_j A x be the mixture. Then
+# What remains is size: N LoRAs have N r (k + d) parameters, one A and N heads have
+# r (k + N d). Ban and Ji share B instead. This saves as much, but then the heads can
+# write to only r dimensions of y. With one A, they write to N r, but read only r
+# features of x.
 #
-#     dL/dB_i = s w_i g (A x)^T            head i learns from a token in proportion to w_i
+# Why do the heads differ, and divide the domains?
+# For one token, let g = dL/dy, let l = Wg^T x be the logits, so that w = softmax(l),
+# and let sum_j w_j B_j A x be the mixture. Then
+#
+#     dL/dB_i = s w_i g (A x)^T            a token counts for head i in proportion to w_i
 #     dL/dA   = s sum_i w_i B_i^T g x^T    A learns through all heads
 #     dL/dw_i = s g . B_i A x              negative if more of head i would lower the loss
 #     dL/dl_i = w_i (dL/dw_i - sum_j w_j dL/dw_j)    head i, compared with the mixture
 #     dL/dWg  = x (dL/dl)^T                of shape (k, n)
 #
-# At the start, all B_i are 0. So in the first step, the gradients of A and Wg are 0, and
-# those of the heads differ only by their w_i. If the rows of router.weight were not
-# random, but equal, the heads would stay equal, except for rounding errors.
+# At the start, all B_i are 0, so the gradients of A and Wg are 0, and those of the
+# heads differ only by their w_i. If the rows of router.weight started equal, the heads
+# would stay equal.
 #
-# Later, where head i lowers the loss more than the mixture, dL/dl_i is negative. So
-# training raises its logit, and lowers those of heads that do worse. Relative to theirs,
-# its gate grows, and then it learns more from such tokens. So if the router can tell
-# these tokens by x, a head's small random preference for them grows.
+# Later, training raises the logits of heads that lower the loss more than the mixture,
+# and lowers those of worse heads. The better heads then learn more from such tokens,
+# relative to the worse ones. Hence a small random preference grows, if the router can
+# recognise these tokens from x. The heads do not collapse into one, because what they
+# have in common cancels in dL/dl: only their differences move the router.
 #
-# Can a head stay unused?
-# Yes. If w_i is nearly 0 for all tokens, so are the gradients of B_i and of row i of
-# router.weight, and SGD leaves both as they are. AdamW divides a gradient by its usual
-# size, so both still move, and a head that is needed can come back. One that is not
-# needed mostly stays unused: its B_i grows, but y hardly notices while w_i is small.
+# dL/dWg is a sum of x times dL/dl, so the router first turns to what varies most in x.
+# On the o_proj of train_toy.py, this is the domain, and most runs divide the domains
+# within 20 of 400 steps. On q_proj, the symbol varies most, and the heads follow it. On
+# v_proj, it varies more than the domain, but the heads follow the domain: we do not
+# know why.
 #
-# What does train_toy.py show?
-# Its three domains have different answers to the same symbols. x has 64 features.
-#
-#     without the domain, at most  68.3%
-#     LoRA of full rank            75.9%
-#     HydraLoRA, equal gates       70.8%
-#     HydraLoRA                    95.0%
-#     HydraLoRA, untrained A       50.2%
-#     one B, an A_i per head       93.8%
-#
-# Whether heads divide the domains says little of accuracy. Mostly, they do within 20 of
-# 400 steps, before the answers are learnt. On another layer, they hardly do, at 99%.
+# What does AdamW change, and can a head stay unused?
+# If w_i is nearly 0 for all tokens, so are the gradients of B_i and of row i of
+# router.weight, and SGD leaves both as they are. AdamW divides each gradient by its
+# usual size, so a head with small gates moves as fast as one with gates near 1, until
+# gate times gradient comes near eps, 1e-8. So gates decide from which tokens a head
+# learns, but not how fast. A head that is needed can come back; one that is not needed
+# mostly stays unused.
 
 
 # ---- Choices ----
-# Where the paper is silent or unclear, or the official code differs. L339 is line 339 of
-# https://github.com/Clin0212/HydraLoRA/blob/afb693b/HydraLoRA/peft/tuners/lora.py, and
-# the script is HydraLoRA/fine-tuning.sh there.
+# Where the paper is silent or unclear, or the official code differs. L339 is line 339
+# of https://github.com/Clin0212/HydraLoRA/blob/afb693b/HydraLoRA/peft/tuners/lora.py;
+# the script is HydraLoRA/fine-tuning.sh.
 #
-# [1] The router reads x, as in the paper's text and L339. Wg is printed as (r, N), which
-#     would fit A x, but for LoRA MoE (Appendix A.2) as (d_m, n), which fits x.
-# [2] The router has no bias (L279). Wg (L299) starts like A (L295), Kaiming-uniform:
-#     U(-1, 1) / sqrt(k).
-# [3] The adapter is float32 (float64 if the base is), in the script bf16. The softmax is
-#     in float32 (L339) or float64: bf16 rounds a w_i near 1 to 1, and so its derivative,
-#     w_i (1 - w_i), to 0.
+# [1] The router reads x, as in the paper's text and L339. The paper prints Wg as
+#     (r, N), which would fit A x, but for LoRA MoE (Appendix A.2) as (d_m, n).
+# [2] The router has no bias (L279). Wg (L299) starts like A (L295).
+# [3] The adapter is float32 (float64 if the base is), but bf16 in the script. The
+#     softmax is in float32 (L339) or float64: bf16 rounds a w_i near 1 to 1, and so its
+#     derivative, w_i (1 - w_i), to 0.
 # [4] The update is scaled by lora_alpha / r (L284, L342): 16 / 8, in the script 32 / 4.
-# [5] All heads share one dropout mask, on A's input, and the router sees x without
-#     dropout (L339). L342 draws one per head, so heads differ even with equal gates.
-# [6] Only y is returned. L347 adds "blcls", always 0 (L344), for the official model's
-#     loss. A balance loss, cv_squared (L315), is never called.
-# [7] The caller picks the layers: the sources disagree. The paper's sizes (LoRA, r = 8:
-#     0.062%) fit q_proj and v_proj, as in Figs. 3 and 9. The script and issue 26 have
-#     gate_proj, up_proj and down_proj, which would be 0.172%.
+# [5] All heads share one dropout mask, and the router sees x without dropout (L339).
+#     L342 draws one per head, so heads differ even with equal gates.
+# [6] Only y is returned. L347 also returns "blcls", always 0 (L344), for the official
+#     model's loss.
+# [7] The caller picks the layers. The paper's sizes fit q_proj and v_proj, as in
+#     Figs. 3 and 9. The script and issue 26 have gate_proj, up_proj and down_proj.
 # [8] Merging uses one w for all tokens. The paper merges "based on the input" (Sec.
 #     3.2.2), which we read as: for each token. The official code does not merge.
-# [9] k-means only chooses N, as in the official README. Appendix B speaks of
-#     "initializing HydraLoRA modules", but describes only this.
+# [9] k-means only chooses N, as in the official README.
 
 
 # ---- Choosing N, Appendix B ----
