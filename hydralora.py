@@ -21,7 +21,7 @@ NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are trained.
     w      w, gates       (..., n)  one gate per head, for each token; (n,) if fixed
 
 The code scales the update by s = scaling. All N heads run on each token. [1] to [9] refer
-to "Choices". Only "The layer" and "Choosing N" are from the paper.
+to "Choices". "The layer" and "Choosing N" follow the paper.
 """
 import copy
 import math
@@ -38,16 +38,16 @@ __version__ = "0.13.0"
 
 
 # ---- The layer ----
-# MIT License, (c) 2026 the "HydraLoRA in one file" authors. A copy needs these imports:
+# MIT License, (c) 2026 the "HydraLoRA in one file" authors. A copy of this section needs
 # import copy, math, torch, torch.nn.functional as F; from torch import nn
-# Freeze the rest of the model. Modules that read .weight instead of calling the layer bypass
-# it: nn.MultiheadAttention, nn.TransformerEncoderLayer in eval mode, Mamba.
+# Freeze the rest of the model. Modules that only read a layer's .weight bypass its update:
+# nn.MultiheadAttention, nn.TransformerEncoderLayer in eval mode, Mamba.
 class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
     """Eq. 4: x (..., k) -> gates w (..., n).
 
-    A router that reads a whole sequence returns (b, 1, n), because (b, n) would mean b tokens,
-    without an error if b = t. It sees the future, and its gates change with a KV cache. A
-    subclass may return any gates, but there must be n of them:
+    A router of whole sequences must return (b, 1, n), because (b, n) would mean b tokens,
+    without an error if t is b or 1. Such a router sees the future, so a KV cache changes
+    its gates. A subclass may return any gates, but there must be n of them:
 
         class TopTwo(Router):  # for two heads or more
             def forward(self, x):
@@ -118,16 +118,16 @@ class HydraLoRALinear(nn.Module):
     def forward(self, x):
         y = self.base(x)                                 # (..., d), W0 x + bias
         x = x.to(self.lora_A.dtype)
-        w = self.router(self.router_input(x))            # (..., n), Eq. 4, of x, not of A x [1]
+        w = self.router(self.router_input(x))            # (..., n), Eq. 4, reads x [1]
         z = F.linear(self.lora_dropout(x), self.lora_A)  # (..., r), A x, one mask for all heads [5]
         u = w.unflatten(-1, (self.num_heads, 1)) * (self.scaling * z)[..., None, :]  # (..., n, r)
         delta = torch.einsum("...nr,ndr->...d", u, self.lora_B)  # (..., d), Eq. 3
-        return y + delta.to(y.dtype)                     # (..., d), no loss [6]
+        return y + delta.to(y.dtype)                     # (..., d), only y [6]
 
     def extra_repr(self):
         return f"num_heads={self.num_heads}, r={self.r}, scaling={self.scaling:g}"
 
-    weight = property(lambda self: self.base.weight)  # some models, such as T5, read it
+    weight = property(lambda self: self.base.weight)  # T5 reads it
     bias = property(lambda self: self.base.bias)
 
     @torch.no_grad()
@@ -160,7 +160,7 @@ class HydraLoRALinear(nn.Module):
                 "hooked (accelerate.hooks.remove_hook_from_submodules(model))")
         A, B = self.to_lora(gates)
         merged = copy.deepcopy(base)
-        with torch.autocast(A.device.type, enabled=False):  # in full precision
+        with torch.autocast(A.device.type, enabled=False):
             merged.weight += B @ A  # (d, k), Eq. 2, rounded once
         if not merged.weight.isfinite().all():
             raise ValueError(f"the merged weight is not finite in {merged.weight.dtype}")
@@ -170,30 +170,31 @@ class HydraLoRALinear(nn.Module):
 # ---- Why it works ----
 # Why a router, and not a larger rank?
 # A LoRA's update, B A x, is linear in x at any rank. If x is the sum of a part for the
-# domain (a topic or task) and a part for the word, so is the update, and it cannot
+# domain (a topic or task) and a part for the word, so is the update, which then cannot
 # treat a word differently in two domains. Nor can HydraLoRA with one w for all tokens,
 # because Eq. 3 is then a LoRA with B = sum_i w_i B_i. A router makes w depend on x, so
-# tokens of different domains get different matrices. On MMLU, the paper reports 47.22
-# for HydraLoRA, 42.81 for equal w_i, 45.45 for a LoRA of HydraLoRA's size, and 46.59
-# for one twice as large. Next to a non-linearity, a LoRA may need no router: it is as
-# good on the up_proj and down_proj of train_toy.py.
+# tokens of different domains get different matrices. On MMLU, the paper reports 42.81
+# for equal w_i, 45.45 for a LoRA of HydraLoRA's size, 46.59 for one twice as large, and
+# 47.22 for HydraLoRA. But next to a non-linearity, no router may be needed: on the
+# up_proj and down_proj of train_toy.py, a LoRA is as good.
 #
 # Why is A shared, and not B?
-# The paper saw that LoRAs of different tasks have A's that "tend to converge" and B's
-# that are "distinguishable" (Observation II). It posits "an artifact of the
-# initialization schemes", with A "inclined toward capturing commonalities across
-# domains". Two causes of similar A's are known:
+# In the paper, LoRAs of different tasks have A's that "tend to converge" and B's that
+# are "distinguishable" (Observation II). It posits "an artifact of the initialization
+# schemes", with A "inclined toward capturing commonalities across domains". Two things
+# make A's similar:
 #
-# - A common start. Near it, A's are alike whatever the domain, and B's are not. On
-#   LLaMA2-7B, where A hardly moves, A's from two starts differ even for one task (Ban
-#   and Ji, 2025, arXiv 2509.25414).
-# - A common domain. After training in train_toy.py, LoRAs of one domain overlap by 0.85
-#   in A and by 0.88 in B, even from two starts; those of two domains overlap by 0.39
-#   and 0.49, from one start or two (chance: 0.14).
+# - A common start. While A has hardly moved, A's are alike in all domains, and B's, which
+#   start at 0, are not. On LLaMA2-7B, A hardly moves, so A's from two starts differ
+#   even for one task (Ban and Ji, 2025, arXiv 2509.25414).
+# - A common domain. In train_toy.py, trained LoRAs of one domain overlap by 0.85 in A
+#   and 0.88 in B, even from two starts. Those of two domains overlap by 0.39 and 0.49,
+#   even from one start. (1 is the same subspace, and 0.14 is chance.)
 #
-# What remains is size: N LoRAs have N r (k + d) parameters, one A and N heads have
-# r (k + N d). Ban and Ji share B instead. This saves as much, but then the heads can
-# write to only r dimensions of y. With one A, they write to N r, but read only r
+# So similar A's show a common start or a common domain, and two domains share little.
+# The reason left is size: N LoRAs have N r (k + d) parameters, but one A with N heads
+# has r (k + N d). Sharing B, as Ban and Ji do, saves as much if k = d, but the heads can
+# then write to only r dimensions of y. With one A, they write to N r, but read only r
 # features of x.
 #
 # Why do the heads differ, and divide the domains?
@@ -207,28 +208,29 @@ class HydraLoRALinear(nn.Module):
 #     dL/dWg  = x (dL/dl)^T                of shape (k, n)
 #
 # At the start, all B_i are 0, so the gradients of A and Wg are 0, and those of the
-# heads differ only by their w_i. If the rows of router.weight started equal, the heads
-# would stay equal.
+# heads differ only by w_i. If the rows of router.weight started equal, the heads would
+# stay equal.
 #
-# Later, training raises the logits of heads that lower the loss more than the mixture,
-# and lowers those of worse heads. The better heads then learn more from such tokens,
-# relative to the worse ones. Hence a small random preference grows, if the router can
-# recognise these tokens from x. The heads do not collapse into one, because what they
-# have in common cancels in dL/dl: only their differences move the router.
+# Later, a token raises the logits of heads that lower its loss more than the mixture,
+# and lowers the others. The better heads then learn more from this token, relative to
+# the others. Hence a small random preference grows, if the router can recognise similar
+# tokens from x. What the heads have in common cancels in dL/dl, so only their
+# differences move the router. If domains need different answers, a head that becomes
+# better in one becomes worse in another, so no head takes all tokens.
 #
-# dL/dWg is a sum of x times dL/dl, so the router first turns to what varies most in x.
-# On the o_proj of train_toy.py, this is the domain, and most runs divide the domains
-# within 20 of 400 steps. On q_proj, the symbol varies most, and the heads follow it. On
-# v_proj, it varies more than the domain, but the heads follow the domain: we do not
-# know why.
+# Summed over tokens, dL/dWg tends to turn the router first to what varies most in x. On
+# the o_proj of train_toy.py, this is the domain, and in most runs the heads divide the
+# domains within 20 of 400 steps. On q_proj, it is the symbol (a word), and the heads
+# follow the symbol. On v_proj, it is the symbol, too, but the heads follow the domain:
+# we do not know why.
 #
 # What does AdamW change, and can a head stay unused?
 # If w_i is nearly 0 for all tokens, so are the gradients of B_i and of row i of
 # router.weight, and SGD leaves both as they are. AdamW divides each gradient by its
-# usual size, so a head with small gates moves as fast as one with gates near 1, until
-# gate times gradient comes near eps, 1e-8. So gates decide from which tokens a head
-# learns, but not how fast. A head that is needed can come back; one that is not needed
-# mostly stays unused.
+# usual size. So a head with small gates moves as fast as one with gates near 1, until
+# its gradients, which have the factor w_i, come near eps, 1e-8. Gates decide from which
+# tokens a head learns, but not how fast. So an unused head can come back, if it would
+# lower the loss. Otherwise, it usually stays unused.
 
 
 # ---- Choices ----
@@ -237,21 +239,21 @@ class HydraLoRALinear(nn.Module):
 # the script is HydraLoRA/fine-tuning.sh.
 #
 # [1] The router reads x, as in the paper's text and L339. The paper prints Wg as
-#     (r, N), which would fit A x, but for LoRA MoE (Appendix A.2) as (d_m, n).
+#     (r, N), which fits A x, and as (d_m, n), which fits x, for LoRA MoE (App. A.2).
 # [2] The router has no bias (L279). Wg (L299) starts like A (L295).
-# [3] The adapter is float32 (float64 if the base is), but bf16 in the script. The
-#     softmax is in float32 (L339) or float64: bf16 rounds a w_i near 1 to 1, and so its
-#     derivative, w_i (1 - w_i), to 0.
+# [3] The adapter is float32, or float64 if the base is; the script has bf16. The
+#     softmax is in float32 (L339) or float64: bf16 rounds a w_i near 1 to 1, which makes
+#     its derivative, w_i (1 - w_i), 0.
 # [4] The update is scaled by lora_alpha / r (L284, L342): 16 / 8, in the script 32 / 4.
-# [5] All heads share one dropout mask, and the router sees x without dropout (L339).
-#     L342 draws one per head, so heads differ even with equal gates.
+# [5] The router sees x without dropout (L339). All heads share one dropout mask. L342
+#     draws one per head, so heads differ even with equal gates.
 # [6] Only y is returned. L347 also returns "blcls", always 0 (L344), for the official
 #     model's loss.
-# [7] The caller picks the layers. The paper's sizes fit q_proj and v_proj, as in
-#     Figs. 3 and 9. The script and issue 26 have gate_proj, up_proj and down_proj.
+# [7] The caller picks the layers. The paper's parameter counts fit q_proj and v_proj
+#     (Figs. 3 and 9). The script and issue 26 use gate_proj, up_proj and down_proj.
 # [8] Merging uses one w for all tokens. The paper merges "based on the input" (Sec.
-#     3.2.2), which we read as: for each token. The official code does not merge.
-# [9] k-means only chooses N, as in the official README.
+#     3.2.2), which we read as: for each token.
+# [9] k-means sets only N, as in the official README.
 
 
 # ---- Choosing N, Appendix B ----
@@ -267,8 +269,8 @@ def tf_idf(texts):
 def sse_curve(X, max_centres):
     """The SSE of k-means, sum_i min_j |X_i - C_j|^2, for 1, ..., max_centres centres.
 
-    The paper starts from random centres. In fast global k-means (Likas et al., 2003), each
-    new centre is the document that lowers the SSE most.
+    The paper starts from random centres. We use fast global k-means (Likas et al., 2003):
+    each new centre is the document that lowers the SSE most.
     """
     between = torch.cdist(X, X).square()  # (m, m)
     C = X.mean(0, keepdim=True)  # (1, terms)
@@ -291,8 +293,8 @@ def num_heads_from_corpus(documents, max_heads=10):
     documents: a few hundred strings (split at spaces), or token sequences without padding.
     Returns N, at least 2, and the SSE of 1, ..., max_heads centres.
 
-    At the elbow, "the rate of decrease in SSE slows down". Our rule: n maximises
-    (SSE_{n-1} - SSE_n) / (SSE_n - SSE_{n+1}). It finds the domains if the documents of a
+    At the elbow, "the rate of decrease in SSE slows down". Our N is the n that maximises
+    (SSE_{n-1} - SSE_n) / (SSE_n - SSE_{n+1}). This finds the domains if the documents of a
     domain share most of their words. For real paragraphs, it is unreliable.
     """
     if isinstance(documents, str):
@@ -382,6 +384,12 @@ def _require_layers(model):
     return layers
 
 
+def _refuse_wrapper(model):
+    kinds = {"DistributedDataParallel", "DataParallel", "AveragedModel", "OptimizedModule"}
+    if kinds & {kind.__name__ for kind in type(model).__mro__}:
+        raise ValueError(f"give the model inside this {type(model).__name__}")
+
+
 def _require_names(what, given, expected):
     wrong = dict(missing=expected.keys() - given.keys(), unknown=given.keys() - expected.keys())
     problems = [f"{len(names)} {kind}, first {min(names)!r}"
@@ -391,7 +399,6 @@ def _require_names(what, given, expected):
 
 
 def _each_layer(model, gates, method):
-    """Dict name -> layer.method(its gates)."""
     layers = _require_layers(model)
     if not isinstance(gates, dict):
         gates = dict.fromkeys(layers, gates)
@@ -418,13 +425,13 @@ def _replace(model, new):
 def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
     """Freeze the model, wrap the nn.Linear layers that match, and return the model.
 
-    target_modules: one or more names, or ends of names such as "q_proj" [7]. Other modules,
-    such as fused MoE experts, are skipped. layer: HydraLoRALinear or a subclass.
+    target_modules: one or more names, or their last parts, such as "q_proj" [7]. Other
+    matches, such as fused MoE experts, are skipped.
 
-    A second call adapts more layers. Each call freezes all but the adapters: unfreeze a new
-    output layer after the last call, and save it yourself. Print hydralora_layers(model) to
-    see what was adapted. A trainable .grad that is None after a backward belongs to a layer
-    that the model never called, or to an MoE expert without tokens.
+    A second call adapts more layers. Each call freezes all but the adapters. Print
+    hydralora_layers(model) to see what was adapted. A trainable parameter whose .grad is
+    None after a backward is in a layer that the model never called, or in an MoE expert
+    without tokens.
     """
     _refuse_wrapper(model)
     modules = dict(model.named_modules())
@@ -459,13 +466,13 @@ def hook_gates(model, f):
     """Context manager: calls f(name, w) with each router's gates w (..., n).
 
     If f returns a tensor of this shape, the layer uses it: `lambda name, w: 0 * w` turns
-    the adapters off. For a loss on gates, `hook_gates(model, gates.__setitem__)` collects
-    them in a dict. Enter the context once, around the training loop: it resets
-    torch.compiler, because compiled code ignores new hooks.
+    the adapters off. For a loss on gates, `hook_gates(model, d.__setitem__)` collects them
+    in a dict d. Enter the context once, around the training loop: compiled code ignores
+    new hooks, so entering resets torch.compiler.
 
     Checkpointing repeats the forward in the backward, and so calls f again. If f returns
-    gates, run the backward inside the context. Outside, the repeat uses the router's own
-    gates: an error or, with use_reentrant=True or a frozen router, wrong gradients. With
+    gates, run the backward inside the context. Outside, the router's own gates cause an
+    error or, with use_reentrant=True or a frozen router, wrong gradients. With
     use_reentrant=True, a loss on gates has no gradient.
     """
     layers = _require_layers(model)
@@ -474,7 +481,7 @@ def hook_gates(model, f):
 
     def call(name, w):
         w = f(name, w)
-        # Autograd saves this 1. If checkpointing's repeat does not, it raises an error.
+        # Autograd saves this 1. Checkpointing raises an error if its repeat does not.
         return None if w is None else w * w.new_ones(())
 
     hooks = [layer.router.register_forward_hook(lambda router, x, w, name=name: call(name, w))
@@ -501,7 +508,7 @@ def mean_gates(model, batches):
     """The mean w over all tokens of calibration inputs, in eval mode: dict name -> (n,).
 
     batches: the model's inputs, tensors or dicts of keyword arguments. Do not pad, because
-    padding counts: only zeros in an attention mask raise an error, padded labels do not.
+    padding counts. Zeros in an attention mask raise an error, but padded labels do not.
     Merging with mean gates can ruin the model, because w varies.
     """
     layers, total, count = hydralora_layers(model), Counter(), Counter()
@@ -545,12 +552,6 @@ def merge_hydralora(model, gates):
 
 
 # ---- Files ----
-def _refuse_wrapper(model):
-    kinds = {"DistributedDataParallel", "DataParallel", "AveragedModel", "OptimizedModule"}
-    if kinds & {kind.__name__ for kind in type(model).__mro__}:
-        raise ValueError(f"give the model inside this {type(model).__name__}")
-
-
 def _adapter(model):
     return {f"{name}.{key}".removeprefix("."): t for name, layer in _require_layers(model).items()
             for key, t in layer.state_dict().items() if not key.startswith("base.")}
@@ -559,8 +560,8 @@ def _adapter(model):
 def hydralora_state_dict(model):
     """The adapter: NAME.lora_A (r, k), NAME.lora_B (n, d, r), NAME.router.weight (n, k).
 
-    It shares memory with the model. Save inject_hydralora's arguments, too, except layer,
-    a class: lora_alpha is not in the state.
+    It shares memory with the model. It lacks lora_alpha: save inject_hydralora's arguments,
+    too, except layer, which is a class.
     """
     _refuse_wrapper(model)
     state = _adapter(model)
@@ -587,7 +588,7 @@ def load_hydralora_state_dict(model, state):
     for key, t in own.items():
         if state[key].shape != t.shape:
             raise ValueError(f"{key} must be {[*t.shape]}, got {[*state[key].shape]}")
-    model.load_state_dict(state, strict=False)  # without the base
+    model.load_state_dict(state, strict=False)
     return model
 
 
@@ -609,7 +610,7 @@ def from_official_state_dict(state):
 
 
 def export_lora(model, gates):
-    """(state, config): a LoRA for PEFT with fixed gates, given as in merge_hydralora.
+    """(state, config) of a LoRA for PEFT, with fixed gates, as in merge_hydralora.
 
     If PEFT warns about missing keys, as in many MoE models, merge instead.
     """
