@@ -1657,50 +1657,41 @@ best possible, domain inferred 100.0 91.1
 o_proj, question marks 0.00 0.07 0.00
 accuracy (%) 3 10 15
 gates of o_proj in domain 0: 0.00 0.00 1.00
-o_proj's heads follow the domain hardly and the symbol hardly. At the question marks, NMI: 0.00 0.00
-merged once, for all (%) 14.8
+o_proj, question marks: NMI with domain and symbol 0.00 0.00
 merged for each domain (%) 14.8
 two domains, one start 0.99 0.16 0.95 0.25
 one domain, two starts 0.16 0.61 0.23 0.66
-two domains, two starts 0.16 0.18 0.19 0.21
-alike if above 0.71 0.71 0.71 0.71""",
+two domains, two starts 0.16 0.18 0.19 0.21""",
     "--all --seed 3 --heads 4 --rank 5 --router-rate 8 --target v_proj down_proj "
     "--proportions 50 30 20": """
-Pre-training on old ciphers. Accuracy (%) on the last batch: 11.5
 LoRA 5824 8.6 6.8 2.73
-LoRA, full rank 28672 8.0 6.8 2.71
+LoRA, full rank 28672 13.5 9.5 2.65
 LoRA with a ReLU 5824 13.8 10.2 2.65
-HydraLoRA, equal gates 4160 11.5 7.2 2.72
+HydraLoRA, equal gates 4160 13.6 10.2 2.69
 HydraLoRA, random router 4160 12.0 7.4 2.69
 HydraLoRA, random A 3840 13.5 9.0 2.63
 LoRA MoE 4864 10.3 6.8 2.68
-LoRA MoE, same rank 10240 13.6 10.2 2.83
-one A per head, shared B 5504 11.9 7.4 2.66
+LoRA MoE, same rank 10240 14.3 9.8 2.64
+one A per head, shared B 5504 13.5 9.1 2.64
 LoRA-Split 4032 14.5 9.9 2.60
 HydraLoRA, true labels 3520 14.8 9.4 2.61
 HydraLoRA 5440 12.7 9.2 2.74
-best possible without the domain 66.0 53.7
 v_proj, all positions 0.00 0.01 0.02
 down_proj, question marks 0.00 0.00 0.00
-accuracy (%) 9 14 13
 gates of v_proj in domain 0: 0.72 0.07 0.19 0.03
-gates of down_proj in domain 0: 1.00 0.00 0.00 0.00
-v_proj's heads follow the domain hardly and the symbol partly. At the plaintext, NMI: 0.05 0.35
-down_proj's heads follow the domain hardly and the symbol hardly. At the question marks, NMI: 0.00 0.00
-merged once, for all (%) 13.2
+v_proj, plaintext: NMI with domain and symbol 0.05 0.35
+down_proj, question marks: NMI with domain and symbol 0.00 0.00
 merged for each domain (%) 12.8
 only v_proj, for each domain (%) 12.8
 two domains, one start 0.97 0.09 0.84 0.18
-one domain, two starts 0.04 0.38 0.21 0.43
-two domains, two starts 0.03 0.14 0.18 0.15
-alike if above 0.67 0.69 0.67 0.69"""}
+one domain, two starts 0.04 0.38 0.21 0.43"""}
 REAL = """
 LoRA 2560 78.7 61.8
 LoRA with a ReLU 2560 92.8 77.6
 HydraLoRA 2496 96.6 86.6
 o_proj, question marks 0.04 0.53 0.87 0.93 0.98 0.98
 accuracy (%) 18 18 14 11 75 97
-o_proj's heads follow the domain closely and the symbol hardly. At the question marks, NMI: 0.98 0.12
+o_proj, question marks: NMI with domain and symbol 0.98 0.12
 merged for each domain (%) 96.8
 two domains, one start 0.89 0.16 0.38 0.43
 one domain, two starts 0.20 0.57 0.86 0.87"""
@@ -1729,16 +1720,17 @@ def test_toy_real_run(seed_0):
     """The tolerances are wider than the differences between CPUs."""
     without_loss = re.sub(r"(\.\d) +\d\.\d\d$", r"\1", seed_0, flags=re.M)
     assert changed_lines(REAL, without_loss, 4, 1.2, 0.06) == []
-    assert re.findall("points (.*)", seed_0) == ["ahead of LoRA.", "ahead of LoRA with a ReLU."]
-    assert "A common start makes the A's alike early, neither at the end." in seed_0
-    assert "A common domain makes neither alike early, both at the end." in seed_0
+    for sentence in ("points ahead of LoRA.", "points ahead of LoRA with a ReLU.",
+                     "o_proj's heads follow the domain closely, the symbol hardly.",
+                     "A common start makes the A's alike early, neither at the end.",
+                     "A common domain makes neither alike early, both at the end."):
+        assert sentence in seed_0
 
 
 def test_toy_prints_its_answers(toy, seed_0):
     """The docstring's example is seed 0's domain 0. A * marks each error."""
     generator = torch.Generator().manual_seed(0)
     ciphers = [torch.randperm(15, generator=generator).tolist() for _ in range(6)][3:]
-    assert [toy.LETTERS[cipher[5]] for cipher in ciphers[:2]] == ["k", "l"]
     said, answered = re.findall(r"(?:input|target): +([a-o ]+) \.", toy.__doc__)
     assert f"domain 0 {said} " in seed_0 and f"answer   {answered} " in seed_0
     for domain, cipher in enumerate(ciphers):
@@ -1786,8 +1778,6 @@ def test_toy_formula(name, toy):
     torch.manual_seed(0)
     y = layer(x)
     close(y - layer.base(x), 2 * delta, rtol=1e-4, atol=1e-4)
-    y.sum().backward()
-    assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
     assert method.layer(nn.Linear(64, 32).bfloat16(), **arguments)(x.bfloat16()).dtype is bf16
 
 
@@ -1803,11 +1793,13 @@ def test_toy_prints_means(toy):
 
 
 def test_toy_two_seeds(toy):
-    output = toy_output(toy, "--seed 3 --seeds 2 --lr 0.02 --heads 3 --proportions 60 10 30",
-                        MAIN_RUN=("LoRA", "HydraLoRA"), **SHORT)
-    [rarest] = re.findall(r"\nHydraLoRA, rarest domain \(%\): mean (.*), (.*) to (.*)", output)
-    assert [*map(float, rarest)] == pytest.approx([11.13, 9.38, 12.89], abs=2)
-    assert "best without the domain (%): mean 71.29, 69.88 to 72.71" in output
+    output = toy_output(toy, "--seed 3 --seeds 2 --lr 0.02 --heads 3 --proportions 60 10 30 "
+                        "--target v_proj o_proj", MAIN_RUN=("LoRA", "HydraLoRA"), **SHORT)
+    found = {text: [*map(float, re.findall(r"[\d.]+", said))] for text, said in re.findall(
+        r"^(.*): mean (.*)", output, re.M)}
+    assert found["HydraLoRA, rarest domain (%)"] == pytest.approx([8.31, 7.64, 8.98], abs=2)
+    assert found["best without the domain (%)"] == pytest.approx([71.29, 69.88, 72.71], abs=0.1)
+    assert found["NMI of head and domain"] == pytest.approx([0.01, 0.00, 0.02], abs=0.015)
 
 
 @parametrize("options", [

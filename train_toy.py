@@ -12,17 +12,17 @@ but no label says which domain a sequence is from. In domain 0:
     input:   a m g f m j ...  ? ? ? ? ? ? ...    plaintext, then as many question marks
     target:                   b j l k j d ...    the same symbols, enciphered
 
-A transformer of two blocks learns one set of ciphers and is frozen. Then an adapter on
-o_proj, the output projection of the last attention, learns new ciphers.
+A transformer of two blocks learns one set of ciphers and is frozen. An adapter on o_proj,
+the output projection of the last attention, then learns new ciphers.
 
 The task is designed so that a router helps. Each domain uses five symbols of its own
 four times as often as the others (twice, in the harder test), so the input x of o_proj
 shows the domain. The answer depends on domain and symbol together: on seed 0, f becomes
 k in domain 0, but l in domain 1. A LoRA can hardly combine the two, because x is nearly
 a domain part plus a symbol part, and B A x is linear in x. A ReLU after A can combine
-them, and so can gates computed from x. Other layers need HydraLoRA less.
+them, and so can gates that depend on x. Other layers need HydraLoRA less.
 
-`run` is the experiment, in five parts on claims of the paper.
+`run` is the experiment, in five parts.
 """
 import argparse
 import copy
@@ -42,19 +42,20 @@ from hydralora import (
 
 # ---- Settings ----
 DOMAINS = 3
-SYMBOLS = 15  # 0 .. SYMBOLS - 1; the token SYMBOLS is the question mark
+SYMBOLS = 15  # the token SYMBOLS is the question mark
 LETTERS = "abcdefghijklmno?"
-OWN = torch.arange(SYMBOLS) % DOMAINS == torch.arange(DOMAINS)[:, None]  # every third
+OWN = torch.arange(SYMBOLS) % DOMAINS == torch.arange(DOMAINS)[:, None]
 FREQUENCIES, HARDER = (  # of symbols in each domain: (DOMAINS, SYMBOLS)
     F.normalize(torch.where(OWN, times, 1.0), p=1) for times in (4.0, 2.0))
 LENGTH = 32  # plaintext symbols in a sequence
 BATCH = 24  # sequences
-STEPS = 400  # of each training
+STEPS = 400  # per training
 TEST = 500  # sequences
-WATCHED = (0, 5, 10, 20, 100, STEPS)  # steps after which we look at the heads
-EARLY = 20  # steps after which A has hardly moved
+WATCHED = (0, 5, 10, 20, 100, STEPS)  # steps after which we look at heads
+EARLY = 20  # steps: A has hardly moved
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")  # of a block
 QKV = LAYERS[:3]
+AT_PLAINTEXT = LAYERS[1:3]  # the others' outputs there are not used
 MAIN_RUN = ("LoRA", "LoRA with a ReLU", "HydraLoRA, random router", "LoRA MoE",
             "HydraLoRA, true labels", "HydraLoRA")  # --all adds the others
 
@@ -85,7 +86,7 @@ def best_possible(texts, ciphers, frequencies, options):
         yield 100 * (p * answers).sum(0).amax(-1).mean().item()
 
 
-# ---- The model, cut before the adapters: what is before the cut runs only once ----
+# ---- The model, cut before the adapters: what is before runs only once ----
 def encode(model, plain, attention_adapted=False):
     """At the question marks, the input x of the last o_proj, and the hidden state h to
     which its output is added: each (count, LENGTH, width). If attention_adapted, x is h
@@ -156,8 +157,8 @@ def pretrain(batches, seed, device):
         # the domain. Without this loss, heads follow the domain on fewer seeds.
         auxiliary = F.cross_entropy(model.lm_head(model.norm(data.h)).mT, plain)
         update(F.cross_entropy(predict(model, data).mT, targets) + 2.0 * auxiliary)
-    print("Pre-training on old ciphers. Accuracy (%) on the last batch:"
-          f"{accuracy(model, data).mean():6.1f}\n")
+    print("Pre-training on old ciphers. Accuracy (%) on the last batch:",
+          f"{accuracy(model, data).mean():.1f}\n")
     return model.requires_grad_(False)
 
 
@@ -190,7 +191,7 @@ class ReLULoRA(HydraLoRALinear):
 
 
 # n: heads; one head is a LoRA. gates(w, domain) replaces the router's w. random: the
-# parameter that is not trained. qkv_lr: the learning rate on q_proj, k_proj and v_proj.
+# parameter that is not trained. qkv_lr: lr on q_proj, k_proj and v_proj.
 Method = namedtuple("Method", "n r lr layer gates random qkv_lr",
                     defaults=(HydraLoRALinear, None, None, None))
 
@@ -214,16 +215,16 @@ def methods(n, r, k, d):
 
     return {
         "LoRA": Method(1, lora_rank, 0.08),
-        "LoRA, full rank": Method(1, min(k, d), 0.08),
+        "LoRA, full rank": Method(1, min(k, d), 0.08, qkv_lr=0.02),
         "LoRA with a ReLU": Method(1, lora_rank, 0.16, ReLULoRA),
         "HydraLoRA, equal gates": Method(  # Fig. 6, w/o gate
-            n, r, 0.16, gates=lambda w, domain: torch.full_like(w, 1 / n)),
+            n, r, 0.16, gates=lambda w, domain: torch.full_like(w, 1 / n), qkv_lr=0.08),
         "HydraLoRA, random router": Method(n, r, 0.16, random="router.weight"),
         "HydraLoRA, random A": Method(n, r, 0.32, random="lora_A"),
         "LoRA MoE": Method(n, rank(n * (k + d)), 0.16, LoRAExperts),
-        "LoRA MoE, same rank": Method(n, r, 0.16, LoRAExperts),
+        "LoRA MoE, same rank": Method(n, r, 0.16, LoRAExperts, qkv_lr=0.08),
         "one A per head, shared B": Method(
-            n, rank(n * k + d), 0.16, partial(LoRAExperts, shared_B=True)),
+            n, rank(n * k + d), 0.16, partial(LoRAExperts, shared_B=True), qkv_lr=0.08),
         "LoRA-Split": Method(DOMAINS, rank(DOMAINS * (k + d)), 0.16, LoRAExperts, labels),
         "HydraLoRA, true labels": Method(DOMAINS, r, 0.16, gates=labels),
         "HydraLoRA": Method(n, r, 0.32, qkv_lr=0.16)}
@@ -232,8 +233,8 @@ def methods(n, r, k, d):
 def adapt(frozen, method, targets, seed):
     """A copy of the frozen model with adapters in the last block, and a list of these.
 
-    On each layer, methods of equal n and rank start alike: from the same A and Wg. The
-    offsets keep them apart from pretrain's random numbers.
+    On each layer, methods of equal n and rank start from the same A and Wg. The offsets
+    keep them apart from pretrain's random numbers.
     """
     model = copy.deepcopy(frozen)
     block = model.layers[1]
@@ -250,7 +251,7 @@ def adapt(frozen, method, targets, seed):
     return model, [*hydralora_layers(block).values()]
 
 
-# ---- Parts 3 to 5: each ends with what was found, and returns its numbers ----
+# ---- Parts 3 to 5: each returns its numbers ----
 def nmi(w, label):
     """Normalised mutual information of label (count,) and head, if each token's head is
     drawn with the probabilities w (count, tokens, n): 2 I / (H(label) + H(head))."""
@@ -260,15 +261,14 @@ def nmi(w, label):
     return 2 * max(0.0, of_label + of_head - of_both) / (of_label + of_head or 1.0)
 
 
-def print_sequences(model, gates, test, plain):
+def print_sequences(model, gates, heads, test, plain):
     answers = predict(model, test).argmax(-1)  # (count, LENGTH)
-    *_, last = gates.values()
     for domain in range(DOMAINS):
         i = test.domain.tolist().index(domain)
         pairs = zip(answers[i], test.targets[i])
         print(f"   domain {domain}", *(LETTERS[symbol] for symbol in plain[i]))
         print("   answer  ", *(" *"[a != target] + LETTERS[a] for a, target in pairs), sep="")
-        print("   head    ", *last[i, :LENGTH].argmax(-1).tolist())
+        print("   head    ", *heads[i].tolist())
         for layer, w in gates.items():
             means = w[test.domain == domain].mean((0, 1))
             print(f"   gates of {layer} in domain {domain}:", *map("{:.2f}".format, means))
@@ -287,21 +287,22 @@ def print_heads(models, test, plain):
         tokens = "all positions" if layer in QKV else "question marks"
         print(f"   {f'{layer}, {tokens}':23}", *map("{:5.2f}".format, course))
     print("   accuracy (%)           ", *(f"{correct.mean():5.0f}" for _, correct in seen.values()))
-    numbers = {f"NMI after {steps} steps": x for steps, x in zip(seen, course)}
-    numbers["NMI of head and domain"] = course[-1]  # of the last layer
+    numbers = {f"NMI after {steps} steps": x for steps, x in zip(seen, course)}  # last layer
+    numbers["NMI of head and domain"] = course[-1]
 
     print("\n   A sequence of each domain, the answer (* before an error), the head of "
-          f"{layer}\n   with the largest gate, and mean gates over the same tokens as above:\n")
-    print_sequences(models[STEPS], gates, test, plain)
+          f"{layer}\n   with the largest gate, and mean gates over the tokens named above:\n")
+    used = {layer: w[:, :LENGTH] if layer in AT_PLAINTEXT else w[:, -LENGTH:]
+            for layer, w in gates.items()}
+    print_sequences(models[STEPS], gates, used[layer].argmax(-1), test, plain)
 
-    for layer, w in gates.items():
-        tokens = "plaintext" if layer in QKV else "question marks"
-        w = w[:, :LENGTH]
+    for layer, w in used.items():
         found = nmi(w, test.domain), nmi(w.flatten(0, 1)[:, None], plain.flatten())
         numbers |= zip((f"NMI of {layer} and {what}" for what in ("domain", "symbol")), found)
+        tokens = "plaintext" if layer in AT_PLAINTEXT else "question marks"
+        print(f"   {layer}, {tokens}: NMI with domain and symbol", *map("{:.2f}".format, found))
         how = ("closely" if x > 0.8 else "partly" if x > 0.2 else "hardly" for x in found)
-        print("   {}'s heads follow the domain {} and the symbol {}.".format(layer, *how),
-              f"At the {tokens}, NMI:", *map("{:.2f}".format, found))
+        print("   {}'s heads follow the domain {}, the symbol {}.".format(layer, *how))
     return numbers
 
 
@@ -329,14 +330,14 @@ def print_merged(model, batches, test):
     numbers = {f"{way} (%)": merged(gates) for way, gates in ways.items()}
     for way, correct in numbers.items():
         print(f"   {way:35}{correct:8.1f}")
-    print("\n   Merged once, {1:.1f}% of answers are right, not {0:.1f}%. Merged for each domain,\n"
-          "   which must then be known, {2:.1f}% are right.\n".format(*numbers.values()))
+    print("\n   Merged once, {1:.1f}% of answers are right, not {0:.1f}%. Merged for each domain\n"
+          "   (which must be known), {2:.1f}% are right.\n".format(*numbers.values()))
     return numbers
 
 
 def overlap(one, other):
-    """Of two LoRAs' row spaces of A, and of their column spaces of B: the mean squared
-    cosine of the principal angles."""
+    """Of two LoRAs' row spaces of A, then column spaces of B: the mean squared cosine of
+    the principal angles."""
     for U, V in ((one.lora_A.T, other.lora_A.T), (one.lora_B[0], other.lora_B[0])):
         U, V = torch.linalg.qr(U).Q, torch.linalg.qr(V).Q
         yield (U.T @ V).square().sum().item() / U.shape[1]
@@ -358,7 +359,7 @@ def print_apart(frozen, training, options, seed):
     print(f"   Overlap (1: the same space) early, after {EARLY} steps, and at the end:\n")
     columns = ("A early", "B early", "A at end", "B at end")
     chance = [min(1.0, options.rank / width) for width in reversed(layers[-1].weight.shape)] * 2
-    bounds = [(x + 2) / 3 for x in chance]  # two thirds of the way from chance to 1
+    bounds = [(x + 2) / 3 for x in chance]  # two thirds of the way to 1
     print(" " * 27, *map("{:>9}".format, columns))
     numbers, sentences = {}, []
     for pair, i, j, cause in (("two domains, one start", 0, 2, "start"),
@@ -382,7 +383,7 @@ def print_apart(frozen, training, options, seed):
 
 # ---- The experiment ----
 def run(seed, options):
-    """The experiment on one seed. Returns name -> Row, and text -> number."""
+    """Returns name -> Row, and text -> number."""
     torch.set_num_threads(1)  # the same digits on any number of cores
     print(f"HydraLoRA on {DOMAINS} hidden domains (seed {seed})\n")
     generator = torch.Generator().manual_seed(seed)
@@ -434,6 +435,7 @@ def run(seed, options):
         rows[name] = Row(size, correct.mean().item(), on_harder.mean().item(),
                          correct[test.domain == rarest].mean().item() if uneven else None)
         print("   {:25}{:12,}{:14.1f}{:17.1f}{:11.2f}".format(name, *rows[name][:3], loss))
+
     numbers = {}
     for what, usual, on_harder in zip((" without the domain", ", domain inferred"), *bounds):
         print(f"   {f'best possible{what}':37}{usual:14.1f}{on_harder:17.1f}")
@@ -444,8 +446,8 @@ def run(seed, options):
     for name, row in rows.items():
         if name in ("LoRA", "LoRA with a ReLU"):
             lead = round(rows["HydraLoRA"].accuracy, 1) - round(row.accuracy, 1)
-            where = "ahead of" if lead > 0 else "behind"
-            print(f"   HydraLoRA is {abs(lead):.1f} points {where} {name}.")
+            print("   HydraLoRA is {:.1f} points {} {}.".format(
+                abs(lead), "ahead of" if lead > 0 else "behind", name))
 
     numbers |= print_heads(trained["HydraLoRA"], test, plain)
     numbers |= print_merged(trained["HydraLoRA"][STEPS], batches, test)
@@ -473,16 +475,16 @@ def print_means(results):
 def parse(arguments=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--seed", type=int, default=0, help="of ciphers, data and weights")
-    add("--seeds", type=int, default=1, help="how many; from two on, prints means")
-    add("--all", action="store_true", help="all methods of README's table")
+    add("--seed", type=int, default=0, help="of data and weights")
+    add("--seeds", type=int, default=1, help="from two on, prints means")
+    add("--all", action="store_true", help="all methods in README")
     add("--heads", type=int, help="N; by default, by k-means")
     add("--rank", type=int, default=9, help="r of HydraLoRA")
     add("--target", nargs="+", choices=LAYERS, default=["o_proj"],
-        help="adapted layers of the last block")
+        help="layers of the last block")
     add("--lr", type=float, help="for all methods; by default, each method's best")
     add("--router-rate", type=float, default=1.0,
-        help="of the router's learning rate to others; 8 helps rare domains")
+        help="router's learning rate over others'; 8 helps rare domains")
     add("--proportions", type=float, nargs=DOMAINS, default=[1.0] * DOMAINS,
         help="how often each domain occurs, such as 85 10 5")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
