@@ -1657,7 +1657,7 @@ best possible, domain inferred 100.0 91.1
 o_proj, question marks 0.00 0.07 0.00
 accuracy (%) 3 10 15
 gates of o_proj in domain 0: 0.00 0.00 1.00
-o_proj, question marks: NMI with domain and symbol 0.00 0.00
+o_proj, question marks: NMI with domain, symbol 0.00 0.00
 merged for each domain (%) 14.8
 two domains, one start 0.99 0.16 0.95 0.25
 one domain, two starts 0.16 0.61 0.23 0.66
@@ -1679,8 +1679,8 @@ HydraLoRA 5440 12.7 9.2 2.74
 v_proj, all positions 0.00 0.01 0.02
 down_proj, question marks 0.00 0.00 0.00
 gates of v_proj in domain 0: 0.72 0.07 0.19 0.03
-v_proj, plaintext: NMI with domain and symbol 0.05 0.35
-down_proj, question marks: NMI with domain and symbol 0.00 0.00
+v_proj, plaintext: NMI with domain, symbol 0.05 0.35
+down_proj, question marks: NMI with domain, symbol 0.00 0.00
 merged for each domain (%) 12.8
 only v_proj, for each domain (%) 12.8
 two domains, one start 0.97 0.09 0.84 0.18
@@ -1691,7 +1691,7 @@ LoRA with a ReLU 2560 92.8 77.6
 HydraLoRA 2496 96.6 86.6
 o_proj, question marks 0.04 0.53 0.87 0.93 0.98 0.98
 accuracy (%) 18 18 14 11 75 97
-o_proj, question marks: NMI with domain and symbol 0.98 0.12
+o_proj, question marks: NMI with domain, symbol 0.98 0.12
 merged for each domain (%) 96.8
 two domains, one start 0.89 0.16 0.38 0.43
 one domain, two starts 0.20 0.57 0.86 0.87"""
@@ -1721,9 +1721,9 @@ def test_toy_real_run(seed_0):
     without_loss = re.sub(r"(\.\d) +\d\.\d\d$", r"\1", seed_0, flags=re.M)
     assert changed_lines(REAL, without_loss, 4, 1.2, 0.06) == []
     for sentence in ("points ahead of LoRA.", "points ahead of LoRA with a ReLU.",
-                     "o_proj's heads follow the domain closely, the symbol hardly.",
-                     "A common start makes the A's alike early, neither at the end.",
-                     "A common domain makes neither alike early, both at the end."):
+                     "o_proj's heads closely follow the domain, and hardly the symbol.",
+                     "A common start makes the A's alike early, and neither at the end.",
+                     "A common domain makes neither alike early, and both at the end."):
         assert sentence in seed_0
 
 

@@ -47,12 +47,12 @@ LETTERS = "abcdefghijklmno?"
 OWN = torch.arange(SYMBOLS) % DOMAINS == torch.arange(DOMAINS)[:, None]
 FREQUENCIES, HARDER = (  # of symbols in each domain: (DOMAINS, SYMBOLS)
     F.normalize(torch.where(OWN, times, 1.0), p=1) for times in (4.0, 2.0))
-LENGTH = 32  # plaintext symbols in a sequence
+LENGTH = 32  # plaintext symbols per sequence
 BATCH = 24  # sequences
 STEPS = 400  # per training
 TEST = 500  # sequences
 WATCHED = (0, 5, 10, 20, 100, STEPS)  # steps after which we look at heads
-EARLY = 20  # steps: A has hardly moved
+EARLY = 20  # A has hardly moved
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")  # of a block
 QKV = LAYERS[:3]
 AT_PLAINTEXT = LAYERS[1:3]  # the others' outputs there are not used
@@ -113,7 +113,7 @@ def predict(model, data, gates=None):
 
 @torch.no_grad()
 def accuracy(model, data, gates=None):
-    """Percent of correct symbols in each sequence: (count,)."""
+    """Percent of correct symbols of each sequence: (count,)."""
     x, h, targets, domain = data
     return 100 * (predict(model, data, gates).argmax(-1) == targets).float().mean(1)
 
@@ -291,7 +291,7 @@ def print_heads(models, test, plain):
     numbers["NMI of head and domain"] = course[-1]
 
     print("\n   A sequence of each domain, the answer (* before an error), the head of "
-          f"{layer}\n   with the largest gate, and mean gates over the tokens named above:\n")
+          f"{layer}\n   with the largest gate, and mean gates over the tokens above:\n")
     used = {layer: w[:, :LENGTH] if layer in AT_PLAINTEXT else w[:, -LENGTH:]
             for layer, w in gates.items()}
     print_sequences(models[STEPS], gates, used[layer].argmax(-1), test, plain)
@@ -300,22 +300,22 @@ def print_heads(models, test, plain):
         found = nmi(w, test.domain), nmi(w.flatten(0, 1)[:, None], plain.flatten())
         numbers |= zip((f"NMI of {layer} and {what}" for what in ("domain", "symbol")), found)
         tokens = "plaintext" if layer in AT_PLAINTEXT else "question marks"
-        print(f"   {layer}, {tokens}: NMI with domain and symbol", *map("{:.2f}".format, found))
+        print(f"   {layer}, {tokens}: NMI with domain, symbol", *map("{:.2f}".format, found))
         how = ("closely" if x > 0.8 else "partly" if x > 0.2 else "hardly" for x in found)
-        print("   {}'s heads follow the domain {}, the symbol {}.".format(layer, *how))
+        print("   {}'s heads {} follow the domain, and {} the symbol.".format(layer, *how))
     return numbers
 
 
 def print_merged(model, batches, test):
     print("\n4. Merging needs the same gates for all tokens. What is left (Sec. 3.2.2)?\n")
-    recorded = [gates_and_accuracy(model, data)[0] for data in batches]
+    seen = [gates_and_accuracy(model, data)[0] for data in batches]
     domain = torch.cat([data.domain for data in batches])
-    w = {layer: torch.cat([gates[layer].mean(1) for gates in recorded]) for layer in recorded[0]}
+    w = {layer: torch.cat([gates[layer].mean(1) for gates in seen]) for layer in seen[0]}
     once = {layer: [w[layer].mean(0)] * DOMAINS for layer in w}  # for each domain: (n,)
     each = {layer: [w[layer][domain == i].mean(0) for i in range(DOMAINS)] for layer in w}
 
     def merged(gates):
-        """The accuracy, with a merged model for each domain."""
+        """Accuracy with a merged model for each domain."""
         correct = []
         for i in range(DOMAINS):
             block = (copied := copy.deepcopy(model)).layers[1]
@@ -356,7 +356,7 @@ def print_apart(frozen, training, options, seed):
             if steps in kept:
                 kept[steps].append(copy.deepcopy(layers[-1]))
 
-    print(f"   Overlap (1: the same space) early, after {EARLY} steps, and at the end:\n")
+    print(f"   Overlap (1: the same space) early (after {EARLY} steps) and at the end:\n")
     columns = ("A early", "B early", "A at end", "B at end")
     chance = [min(1.0, options.rank / width) for width in reversed(layers[-1].weight.shape)] * 2
     bounds = [(x + 2) / 3 for x in chance]  # two thirds of the way to 1
@@ -374,7 +374,8 @@ def print_apart(frozen, training, options, seed):
         early, end = (("neither", "the A's", "the B's", "both")[a + 2 * b]
                       for a, b in (alike[:2], alike[2:]))
         if cause:
-            sentences += [f"   A common {cause} makes {early} alike early, {end} at the end."]
+            said = f"makes {early} alike early, and {end} at the end."
+            sentences += [f"   A common {cause} {said}"]
     print(f"   {'by chance':24}", *map("{:9.2f}".format, chance))
     print(f"   {'alike if above':24}", *map("{:9.2f}".format, bounds))
     print("", *sentences, sep="\n")
@@ -478,7 +479,7 @@ def parse(arguments=None):
     add("--seed", type=int, default=0, help="of data and weights")
     add("--seeds", type=int, default=1, help="from two on, prints means")
     add("--all", action="store_true", help="all methods in README")
-    add("--heads", type=int, help="N; by default, by k-means")
+    add("--heads", type=int, help="N; by default, k-means")
     add("--rank", type=int, default=9, help="r of HydraLoRA")
     add("--target", nargs="+", choices=LAYERS, default=["o_proj"],
         help="layers of the last block")
