@@ -52,7 +52,7 @@ BATCH = 24  # sequences
 STEPS = 400  # per training
 TEST = 500  # sequences
 WATCHED = (0, 5, 10, 20, 100, STEPS)  # steps after which we look at heads
-EARLY = 20  # A has hardly moved
+EARLY = 20  # steps: A has hardly moved
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")  # of a block
 QKV = LAYERS[:3]
 AT_PLAINTEXT = LAYERS[1:3]  # the others' outputs there are not used
@@ -218,13 +218,13 @@ def methods(n, r, k, d):
         "LoRA, full rank": Method(1, min(k, d), 0.08, qkv_lr=0.02),
         "LoRA with a ReLU": Method(1, lora_rank, 0.16, ReLULoRA),
         "HydraLoRA, equal gates": Method(  # Fig. 6, w/o gate
-            n, r, 0.16, gates=lambda w, domain: torch.full_like(w, 1 / n), qkv_lr=0.08),
+            n, r, 0.16, gates=lambda w, domain: torch.full_like(w, 1 / n)),
         "HydraLoRA, random router": Method(n, r, 0.16, random="router.weight"),
         "HydraLoRA, random A": Method(n, r, 0.32, random="lora_A"),
         "LoRA MoE": Method(n, rank(n * (k + d)), 0.16, LoRAExperts),
         "LoRA MoE, same rank": Method(n, r, 0.16, LoRAExperts, qkv_lr=0.08),
         "one A per head, shared B": Method(
-            n, rank(n * k + d), 0.16, partial(LoRAExperts, shared_B=True), qkv_lr=0.08),
+            n, rank(n * k + d), 0.16, partial(LoRAExperts, shared_B=True)),
         "LoRA-Split": Method(DOMAINS, rank(DOMAINS * (k + d)), 0.16, LoRAExperts, labels),
         "HydraLoRA, true labels": Method(DOMAINS, r, 0.16, gates=labels),
         "HydraLoRA": Method(n, r, 0.32, qkv_lr=0.16)}
