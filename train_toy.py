@@ -314,14 +314,14 @@ def print_merged(model, batches, test):
     once = {layer: [w[layer].mean(0)] * DOMAINS for layer in w}  # for each domain: (n,)
     each = {layer: [w[layer][domain == i].mean(0) for i in range(DOMAINS)] for layer in w}
 
-    def merged(gates):
-        """Accuracy with a merged model for each domain."""
+    def merged(gates):  # one model for each domain
         correct = []
         for i in range(DOMAINS):
             block = (copied := copy.deepcopy(model)).layers[1]
             for layer in gates:
                 setattr(block, layer, block.get_submodule(layer).merge(gates[layer][i]))
-            correct.append(accuracy(copied, test)[test.domain == i])
+            own = Data(*(t[test.domain == i] for t in test))
+            correct.append(accuracy(copied, own))
         return torch.cat(correct).mean().item()
 
     ways = {"not merged": {}, "merged once, for all": once, "merged for each domain": each}
