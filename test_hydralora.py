@@ -1638,8 +1638,6 @@ def changed_lines(pinned, output, *tolerances):
 SHORT = dict(STEPS=13, TEST=60, WATCHED=(0, 4, 13), EARLY=2)
 PINNED = {  # options -> lines that end in numbers
     "--all": """
-SSE of k-means with 1, 2, ... centres: 144 105 65 62 59 57 55 53 51 50
-Pre-training on old ciphers. Accuracy (%) on the last batch: 12.6
 LoRA 2560 14.1 9.4 2.59
 LoRA, full rank 8192 13.3 9.6 2.60
 LoRA with a ReLU 2560 14.3 9.3 2.62
@@ -1655,8 +1653,6 @@ HydraLoRA 2496 14.8 9.9 2.60
 best possible without the domain 70.1 55.0
 best possible, domain inferred 100.0 91.1
 o_proj, question marks 0.00 0.07 0.00
-accuracy (%) 3 10 15
-gates of o_proj in domain 0: 0.00 0.00 1.00
 o_proj, question marks: NMI with domain, symbol 0.00 0.00
 merged for each domain (%) 14.8
 two domains, one start 0.99 0.16 0.95 0.25
@@ -1677,21 +1673,17 @@ LoRA-Split 4032 14.5 9.9 2.60
 HydraLoRA, true labels 3520 14.8 9.4 2.61
 HydraLoRA 5440 12.7 9.2 2.74
 v_proj, all positions 0.00 0.01 0.02
-down_proj, question marks 0.00 0.00 0.00
-gates of v_proj in domain 0: 0.72 0.07 0.19 0.03
 v_proj, plaintext: NMI with domain, symbol 0.05 0.35
 down_proj, question marks: NMI with domain, symbol 0.00 0.00
 merged for each domain (%) 12.8
 only v_proj, for each domain (%) 12.8
-two domains, one start 0.97 0.09 0.84 0.18
-one domain, two starts 0.04 0.38 0.21 0.43"""}
+two domains, one start 0.97 0.09 0.84 0.18"""}
 REAL = """
 SSE of k-means with 1, 2, ... centres: 284 203 127 122 118 113 109 105 101 98
 LoRA 2560 78.7 61.8
 LoRA with a ReLU 2560 92.8 77.6
 HydraLoRA 2496 96.6 86.6
 o_proj, question marks 0.04 0.53 0.87 0.93 0.98 0.98
-accuracy (%) 18 18 14 11 75 97
 o_proj, question marks: NMI with domain, symbol 0.98 0.12
 merged for each domain (%) 96.8
 two domains, one start 0.89 0.16 0.38 0.43
