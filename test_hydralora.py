@@ -14,7 +14,7 @@ The tests with "oracle" in their names test a kernel:
     HYDRALORA_IMPL=module:function python -m pytest test_hydralora.py -k oracle -x --tb=short
 
 Without HYDRALORA_IMPL, they test this project's layer. HYDRALORA_DEVICE sets the device,
-by default cuda if available.
+by default cuda if available. HYDRALORA_SHAPE=tokens,k,d,r,n adds a case "own" of your sizes.
 
 A kernel must take any strides, any n, and any number of tokens, including none. It may
 draw random numbers. It may return no gradients of W0 and bias, since the base may be
@@ -36,6 +36,7 @@ test_oracle_gradients[3d-plain-odd-bias-fp64] are:
     -k "oracle and 3d and aligned and nobias-bf16"    x is (b, t, k); no bias, all bf16
     -k "oracle and not gradients"                     a kernel without a backward
     -k "oracle and not compiled"                      a kernel without torch.compile
+    -k "oracle and not slow"                          without the cases of LARGE
 
 To use it, stop here. To understand it, read on:
 
@@ -162,7 +163,7 @@ class Case:
 
     @property
     def id(self):
-        return "-".join(self.words)
+        return "-".join(["slow"] * (self.name in LARGE) + [*self.words])
 
     @property
     def inputs(self):
@@ -215,20 +216,32 @@ LARGE = {
     "long-input": dict(lead=(1, 1), k=17392, d=16, r=32, n=8),  # k is 16 times a prime
     "long-output": dict(lead=(1, 1), k=48, d=8208, r=16, n=2, bias=False),
 }
+REAL = {  # sizes of a 7B model, as far as a CPU can take them
+    "many-wide-inputs": ALIGNED | dict(lead=(1, 1040), k=2048, n=3),
+    "many-wide-outputs": ALIGNED | dict(lead=(1, 1040), d=2048, n=3),
+    "wide-square": ALIGNED | dict(lead=(1, 3), k=2048, d=2048, n=3),
+}
+WHOLE = {  # whole layers of it, for a GPU
+    "whole-square": ALIGNED | dict(lead=(1, 2048), k=4096, d=4096, n=3),
+    "whole-up": ALIGNED | dict(lead=(1, 2048), k=4096, d=11008, n=3),
+}
+LARGE |= REAL
 # for the tests that call a kernel several times
 GENERAL = ("plain", "square", "tokens")
 STATE_DTYPES = ("fp32", "bf16", "fp16", "mixed-bf16", "autocast-bf16")
 
 
 def cases_of(name):
-    """Returns this case in several dtypes (in three, if it is slow, or float16 cannot hold
-    it), with other strides of the same kind in each."""
+    """Returns this case in several dtypes (in at most three, if it is slow, or float16 cannot
+    hold it), with other strides of the same kind in each."""
     dtypes = [*DTYPES]
-    if name in LARGE or name in ("biased", "large-magnitude"):
-        dtypes = ["fp32", "bf16", "mixed-bf16"]
+    if name in WHOLE:
+        dtypes = ["bf16"]
+    elif name in (*LARGE, *OWN, "biased", "large-magnitude"):
+        dtypes = ["fp32", "bf16"] + ["mixed-bf16"] * (name not in REAL)
     elif name not in (*GENERAL, "part-tiles", "odd-sizes", "one-token", "large-logits"):
         dtypes = ["fp64", "fp32", "bf16", "fp16", "mixed-bf16", "autocast-bf16"]
-    cases = [Case(name, each, **(CASES | LARGE)[name]) for each in dtypes]
+    cases = [Case(name, each, **(CASES | LARGE | OWN)[name]) for each in dtypes]
     return [replace(case, strides=(case.strides[0], case.strides[1] + i)) if case.strides else case
             for i, case in enumerate(cases)]
 
@@ -593,18 +606,25 @@ def hydralora_layer(x, W0, bias, A, B, Wg, scaling, device="meta"):
 
 
 def read_settings():
-    """Returns the device and the kernel that the environment names."""
+    """Returns what the environment names: the device, the kernel and the case "own"."""
     settings = {name: value for name, value in os.environ.items() if name.startswith("HYDRALORA_")}
     device = settings.pop("HYDRALORA_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
-    name = settings.pop("HYDRALORA_IMPL", None)
-    kernel = pkgutil.resolve_name(name) if name else hydralora_layer
+    name, shape = settings.pop("HYDRALORA_IMPL", None), settings.pop("HYDRALORA_SHAPE", None)
+    kernel, own = pkgutil.resolve_name(name) if name else hydralora_layer, {}
     if settings or not callable(kernel):
         raise ValueError(f"{[*settings] or name}: use HYDRALORA_IMPL=module:function")
+    if shape and not re.fullmatch(r"\d+(,0*[1-9]\d*){4}", shape):
+        raise ValueError(f"HYDRALORA_SHAPE={shape}: use tokens,k,d,r,n; tokens may be 0")
+    if shape:
+        tokens, *sizes = map(int, shape.split(","))
+        own["own"] = dict(zip("kdrn", sizes), lead=(1, tokens), bias=False)
     torch.empty(1, device=device)
-    return device, kernel
+    return device, kernel, own
 
 
-DEVICE, IMPLEMENTATION = read_settings()
+DEVICE, IMPLEMENTATION, OWN = read_settings()
+if torch.device(DEVICE).type == "cuda":
+    LARGE |= WHOLE
 
 
 @pytest.fixture
@@ -630,14 +650,14 @@ def each_mode_and_case(*names):
         for case in cases_of(name) if case.dtypes in STATE_DTYPES for id, mode in modes.items()])
 
 
-@each_case(*CASES, *LARGE, among=DTYPES)
+@each_case(*CASES, *OWN, *LARGE, among=DTYPES)
 def test_oracle_values(implementation, case):
     """Without gradients, a correct kernel returns the correct y."""
     check_all([Call(implementation, case, torch.inference_mode),
                Call(implementation, case, torch.no_grad)])
 
 
-@each_case(*CASES, *LARGE, among=DTYPES)
+@each_case(*CASES, *OWN, *LARGE, among=DTYPES)
 def test_oracle_gradients(implementation, case):
     """With a backward, a correct kernel gives the correct gradients."""
     check(implementation, case)
@@ -952,7 +972,10 @@ WRONG = [
     *KNOWN,
     *(mistake("y is wrong", name, A=lambda v, when=when: v.A * (1 + when(v))) for name, when in [
         ("script", lambda v: v.r == 4),
-        ("long-input", lambda v: v.k * v.r * v.n > 2**22)]),
+        ("long-input", lambda v: v.k * v.r * v.n > 2**22),
+        ("many-wide-inputs", lambda v: v.tokens >= 1024 <= v.k),
+        ("many-wide-outputs", lambda v: v.tokens >= 1024 <= v.d),
+        ("wide-square", lambda v: v.k >= 2048 <= v.d)]),
     mistake("TF32", "wide", x=lambda v: in_float16(v) if v.k > 1000 else v.x),
     mistake("A.grad is wrong in 16 of", "sequence", dA=lambda v, g: first(g, 128, 0)),
     mistake("y is wrong in 5 of", "grid-limit", delta=lambda v: first(v.delta, 65535, -2)),
@@ -1045,7 +1068,7 @@ def test_mistake_is_caught(row):
 
 def test_each_case_and_test_has_a_mistake():
     found, names = {row.caught_by for row in WRONG}, {*CASES, *LARGE, *TESTS}
-    wrong = (found ^ names) - {"biased", "tokens"}
+    wrong = (found ^ names) - {"biased", "tokens", *WHOLE}
     assert not wrong, f"{wrong}: no mistake in WRONG, or no such case or test"
 
 
@@ -1090,10 +1113,11 @@ def test_chosen_kernel_is_tested(request, monkeypatch):
     assert request.getfixturevalue("implementation") is unchanged
 
 
-@parametrize("name", ["HYDRALORA_IMPL", "HYDRALORA_DEVISE"])
-def test_bad_setting_is_refused(name, monkeypatch):
-    monkeypatch.setenv(name, "hydralora")
-    with pytest.raises(ValueError, match=": use "):
+@parametrize("setting", [
+    "IMPL=hydralora", "DEVISE=cpu", "SHAPE=77,320", "SHAPE=7,0,9,8,3"])
+def test_bad_setting_is_refused(setting, monkeypatch):
+    monkeypatch.setenv(*f"HYDRALORA_{setting}".split("="))
+    with pytest.raises(ValueError, match="HYDRALORA_"):
         read_settings()
 
 
