@@ -81,6 +81,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,25 +249,27 @@ def cases_of(name):
 
 # ---- The tensors ----
 def strided(t, kind, rng):
-    """Returns t in other memory, of a kind:
+    """Returns t in other memory, which goes on with nan. The kind is "" or one of these:
 
         offset      not aligned to 16 bytes, as gaps and swapped, too
         gaps        one axis has gaps between its elements
         swapped     the axes are in another order
         expanded    one axis has stride 0, or all have
     """
+    shape, start = t.shape, 0 if kind in ("", "expanded") else 3
     if kind == "expanded":
         axis = rng.integers(-1, t.dim())  # -1: all
-        return (t[(0,) * t.dim()] if axis < 0 else t.narrow(axis, 0, 1)).expand(t.shape)
+        t = t[(slice(1),) * t.dim()] if axis < 0 else t.narrow(axis, 0, 1)
     steps, orders = np.ones(t.dim(), int), [*itertools.permutations(range(t.dim()))]
     if "gaps" in kind:
         steps[rng.integers(t.dim())] = 2
     swapped = "swapped" in kind and t.dim() > 1
     order = np.array(orders[rng.integers(1, len(orders)) if swapped else 0])
     sizes = (steps * t.shape)[order].tolist()
-    memory = torch.full([3 + math.prod(sizes)], 9999.0, dtype=t.dtype, device=t.device)
-    view = memory[3:].view(sizes).permute(*order.argsort().tolist())
-    return view[tuple(slice(None, None, step) for step in steps.tolist())].copy_(t)
+    memory = torch.cat([t.new_full([start + math.prod(sizes)], 9999.0),
+                        t.new_full([shape.numel() - t.numel() + 1024], math.nan)])
+    view = memory[start:][:math.prod(sizes)].view(sizes).permute(*order.argsort().tolist())
+    return view[tuple(slice(None, None, step) for step in steps.tolist())].copy_(t).expand(shape)
 
 
 @functools.cache
@@ -290,9 +293,8 @@ def make(case):
         if name in ACTIVATIONS:
             t = t + c.mean
         t = (t * torch.as_tensor(c.factors.get(name, 1.0))).to(DEVICE, dtype)
-        if c.strides:
-            kind, seed = c.strides
-            t = strided(t, kind, np.random.default_rng([seed, i]))
+        kind, seed = c.strides or ("", 0)
+        t = strided(t, kind, np.random.default_rng([seed, i]))
         made[name] = t.requires_grad_(name in INPUTS and name not in c.frozen)
     return made if c.bias else made | {"bias": None}
 
@@ -379,7 +381,7 @@ GLOBAL_STATE = {  # name -> functions that read and set it
     "float32's precision": (
         torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     "the use of deterministic algorithms": (
-        torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+        torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     "the denormal mode": (lambda: math.ulp(0.0) == 0.0, torch.set_flush_denormal),
     "the generator's seed": (torch.initial_seed, torch.manual_seed)}
 CALLS = collections.Counter()  # id of a kernel -> calls
@@ -496,7 +498,8 @@ class Call:
         else:
             if self.mode is torch.inference_mode and not self.fails_again(torch.no_grad):
                 moment += "in inference mode: "
-            if CALLS[id(self.kernel)] > 2 and "compile" not in moment and all(  # values makes 2
+            special = re.search("compile|new memory", moment)
+            if CALLS[id(self.kernel)] > 2 and not special and all(  # values makes 2
                     torch.equal(t, made[name]) for name, t in self.before.items()):
                 lines.append(f"{NEW_PROCESS}{self.case}, torch.{self.mode.__name__})")
             lines.append(advice() if callable(advice) else advice)
@@ -642,12 +645,12 @@ def each_case(*names, among=STATE_DTYPES):
         for name in names for case in cases_of(name) if case.dtypes in among])
 
 
-def each_mode_and_case(*names):
+def each_mode_and_case(*names, among=STATE_DTYPES):
     modes = {"values": torch.no_grad, "inference-values": torch.inference_mode,
              "gradients": torch.enable_grad}
     return parametrize("mode, case", [
         pytest.param(mode, case, id=f"{id}-{case.id}") for name in names
-        for case in cases_of(name) if case.dtypes in STATE_DTYPES for id, mode in modes.items()])
+        for case in cases_of(name) if case.dtypes in among for id, mode in modes.items()])
 
 
 @each_case(*CASES, *OWN, *LARGE, among=DTYPES)
@@ -809,6 +812,19 @@ def test_oracle_memory_is_freed(implementation, mode, case):
             gc.collect()  # a cycle is not a leak
         alive = [name for name, storage in memory.items() if not storage.expired()]
         assert not alive, f"the kernel keeps {', '.join(alive)} alive\n{case}"
+
+
+@each_mode_and_case(*GENERAL, "empty-batch", among=["fp32", "bf16"])
+def test_oracle_unwritten_memory(implementation, mode, case):
+    """PyTorch fills new memory with nan. A correct kernel writes memory before it reads it."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # this fills new memory
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            check(implementation, case, mode, None, "with nan in all new memory: ")
+    finally:
+        torch.set_deterministic_debug_mode(before)
 
 
 @each_case("plain", "square", among=["fp32", "bf16"])
@@ -998,6 +1014,8 @@ WRONG = [
     mistake("expected a tensor, found a tuple", y=lambda v: (v.y, 0)),
     mistake("wrong shape", "last-tokens", y=lambda v: v.y.squeeze()),
     mistake("wrong dtype", dtypes="mixed-fp16", y=lambda v: v.y.float()),
+    mistake("found nan",
+            A=lambda v: v.A + 0 * v.A.detach().as_strided([1], [1], v.A.numel())),
     mistake("y is wrong", dtypes="mixed-bf16", y=also(lambda v: v.y.data.mul_(1.06))),
     mistake("y is an inference tensor", y=lambda v: torch.inference_mode()(torch.clone)(v.y)),
     mistake("A.grad is wrong", "empty-batch", dA=lambda v, g: g + (v.y.numel() == 0)),
@@ -1049,6 +1067,8 @@ WRONG = [
     mistake("keeps x alive", "memory_is_freed", y=also(lambda v: v.y.requires_grad and (
         v.memory.update(kept=v.x), v.y.register_hook(lambda g, memory=v.memory: memory.clear())))),
     mistake("y, grad_y alive", "memory_is_freed", dy=lambda v, g: v.memory.update(kept=g)),
+    mistake("with nan in all new memory: A.grad is wrong", "unwritten_memory",
+            dA=lambda v, g: g + 0 * torch.empty_like(g)),
     mistake("mismatched tensor metadata", "gradients_compiled",
             y=lambda v: v.y + torch.ops.oracle.zeros(v.y.detach())),
     mistake("under torch.compile: ", "gradients_compiled",
