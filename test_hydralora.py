@@ -19,34 +19,39 @@ by default cuda if available. HYDRALORA_SHAPE=tokens,k,d,r,n adds a case "own" o
 A kernel must take any strides, any n, and any number of tokens, including none. It may
 draw random numbers. It may return no gradients of W0 and bias, since the base may be
 frozen. It may return a view, even one on which PyTorch refuses y += 1. A kernel that
-computes in TF32 fails the fp32 tests; this is intended.
+computes in TF32 fails the fp32 tests, as intended.
 
 The id of a test says what the kernel must support. The parts of the id
-test_oracle_gradients[3d-plain-odd-bias-fp64] are:
+test_oracle_gradients[slow-3d-script-odd-bias-fp32] are:
 
     gradients   the test runs a backward; "values" and "inference-values" run none
-    3d          x has three axes, such as (batch, tokens, k)
-    plain       the case, a row of CASES or LARGE
+    slow        the case is a row of LARGE
+    3d          x has three axes: (batch, tokens, k)
+    script      the case, a row of CASES or LARGE, or "own"
     odd         k, d or r is not a multiple of 16; otherwise "aligned"
     bias        or "nobias"
-    fp64        the dtypes, a row of DTYPES
+    fp32        the dtypes, a row of DTYPES
 
 -k selects tests by such parts, as substrings (bias also matches nobias):
 
     -k "oracle and 3d and aligned and nobias-bf16"    x is (b, t, k); no bias, all bf16
-    -k "oracle and not gradients"                     a kernel without a backward
-    -k "oracle and not compiled"                      a kernel without torch.compile
-    -k "oracle and not slow"                          without the cases of LARGE
+    -k "oracle and not mixed and not autocast"        one dtype for all tensors
+    -k "oracle and not slow and fp32"                 a first verdict, in seconds
+
+Of 44 mistakes in a Triton kernel, the slow cases alone caught five. If the process crashes,
+-v shows the last test, and compute-sanitizer finds the cause. Triton's interpreter
+(TRITON_INTERPRET=1) needs no GPU. There, tiles of 128 are fast, and a kernel needs
+@torch.compiler.disable.
 
 To use it, stop here. To understand it, read on:
 
     The definition     what is correct
-    The cases          on which inputs: sizes, dtypes, strides
-    The tensors        the inputs of a case
-    The tolerance      how closely results must agree with the definition
-    A call             one call of a kernel, and all that is checked
+    The cases          on which inputs
+    The tensors        how these are made
+    The tolerance      how closely
+    A call             all that is checked
     The message        what a failure says
-    The tests          which calls are made, and in which order
+    The tests          which calls are made
     Mistakes           for each case and test, one that it catches
     Correct kernels    other ways to compute the same
     The layer          from here on, tests of this project alone
@@ -55,18 +60,19 @@ To add a case, add a row to CASES, or to LARGE if it is slow. To add a test, wri
 above TESTS:
 
     @each_mode_and_case("plain")  # or @each_case: no `mode`, named gradients
-    def test_oracle_two_calls(implementation, mode, case):
+    def test_oracle_five_calls(implementation, mode, case):
         inputs = make(case)
-        for i in (1, 2):
-            check(implementation, case, mode, inputs, f"call {i}: ")
+        for i in range(1, 6):
+            check(Call(implementation, case, mode, inputs, f"call {i}: "))
 
-Then add to WRONG a mistake that it catches, but "plain" does not: a part of the message,
-the name of the case or test (without test_oracle_), and what to replace (see mutant).
-This one doubles the scaling s if n is 1:
+Then add to WRONG a mistake that your case or test catches and "plain" does not. Give it a
+part of the message, the name of the case or test (without test_oracle_), and what to
+replace (see mutant). This one doubles the scaling in a kernel's fifth call:
 
-    mistake("y is wrong", "one-head", s=lambda v: v.s * (1 + (v.n == 1))),
+    mistake("call 5: y is wrong", "five_calls", s=lambda v: (
+        v.s * (1 + (next(v.memory.setdefault("calls", itertools.count(1))) == 5)))),
 
-If many kernels may have it, add it to KNOWN, with a message that names it.
+If many kernels may make this mistake, put it in KNOWN, with a message that names it.
 """
 import collections
 import contextlib
@@ -248,28 +254,31 @@ def cases_of(name):
 
 
 # ---- The tensors ----
+def before_nan(t):
+    """Returns t in memory that goes on with nan."""
+    return torch.cat([t.flatten(), t.new_full([1024], math.nan)])[:t.numel()].view(t.shape)
+
+
 def strided(t, kind, rng):
-    """Returns t in other memory, which goes on with nan. The kind is "" or one of these:
+    """Returns t in other memory, of a kind:
 
         offset      not aligned to 16 bytes, as gaps and swapped, too
         gaps        one axis has gaps between its elements
         swapped     the axes are in another order
         expanded    one axis has stride 0, or all have
     """
-    shape, start = t.shape, 0 if kind in ("", "expanded") else 3
     if kind == "expanded":
         axis = rng.integers(-1, t.dim())  # -1: all
-        t = t[(slice(1),) * t.dim()] if axis < 0 else t.narrow(axis, 0, 1)
+        return (t[(0,) * t.dim()] if axis < 0 else t.narrow(axis, 0, 1)).expand(t.shape)
     steps, orders = np.ones(t.dim(), int), [*itertools.permutations(range(t.dim()))]
     if "gaps" in kind:
         steps[rng.integers(t.dim())] = 2
     swapped = "swapped" in kind and t.dim() > 1
     order = np.array(orders[rng.integers(1, len(orders)) if swapped else 0])
     sizes = (steps * t.shape)[order].tolist()
-    memory = torch.cat([t.new_full([start + math.prod(sizes)], 9999.0),
-                        t.new_full([shape.numel() - t.numel() + 1024], math.nan)])
-    view = memory[start:][:math.prod(sizes)].view(sizes).permute(*order.argsort().tolist())
-    return view[tuple(slice(None, None, step) for step in steps.tolist())].copy_(t).expand(shape)
+    memory = before_nan(t.new_full([3 + math.prod(sizes)], 9999.0))
+    view = memory[3:].view(sizes).permute(*order.argsort().tolist())
+    return view[tuple(slice(None, None, step) for step in steps.tolist())].copy_(t)
 
 
 @functools.cache
@@ -292,9 +301,10 @@ def make(case):
         t = std * normal(shape, c.seed, i)
         if name in ACTIVATIONS:
             t = t + c.mean
-        t = (t * torch.as_tensor(c.factors.get(name, 1.0))).to(DEVICE, dtype)
-        kind, seed = c.strides or ("", 0)
-        t = strided(t, kind, np.random.default_rng([seed, i]))
+        t = before_nan((t * torch.as_tensor(c.factors.get(name, 1.0))).to(DEVICE, dtype))
+        if c.strides:
+            kind, seed = c.strides
+            t = strided(t, kind, np.random.default_rng([seed, i]))
         made[name] = t.requires_grad_(name in INPUTS and name not in c.frozen)
     return made if c.bias else made | {"bias": None}
 
@@ -315,8 +325,7 @@ def uncentred(logits):
 def correct_values(inputs, scaling):
     """Returns y and the gradients of sum(grad_y * y), and the norms by which errors are
     divided. For x.grad and Wg.grad, the norm is at least that without the second term of
-    softmax's derivative: where the two terms nearly cancel, the gradient is small, but the
-    rounding errors of both terms remain."""
+    softmax's derivative: where the two terms nearly cancel, their rounding errors remain."""
     exact = {name: as_float64(t) for name, t in inputs.items() if t is not None}
     key = hash((scaling, *((name, t.shape, t.numpy().tobytes()) for name, t in exact.items())))
     if key not in COMPUTED:
@@ -351,6 +360,13 @@ def largest(errors):
     return max(norm.max().item() if norm.numel() else 0.0 for norm in errors.values())
 
 
+def too_large(errors, allowed):
+    """Returns the names of the tensors that are wrong: y, then the worst gradient first."""
+    excess = {name: largest(each) / allowed[name] for name, each in errors.items()}
+    return sorted([name for name in excess if excess[name] > 1],
+                  key=lambda name: (name != "y", -excess[name]))
+
+
 @functools.cache
 def tolerance(case):
     """Returns, for y and each gradient, how large the error of a row or column may be:
@@ -361,7 +377,7 @@ def tolerance(case):
     computed in 16 bits, since a kernel may do so. fp64 gets 1e-10 more, and fp32 1e-4,
     which is enough for float32 sums in any order, but not for TF32."""
     more = {"fp64": 1e-10, "fp32": 1e-4}
-    large = math.prod(case.lead) * case.n > 3000
+    large = math.prod(case.lead) * case.n > 3000 or case.name in REAL
     allowed = {}
     for seed in range(1 if large or case.dtypes in more else 3):
         draw = replace(case, seed=seed)
@@ -387,11 +403,22 @@ GLOBAL_STATE = {  # name -> functions that read and set it
 CALLS = collections.Counter()  # id of a kernel -> calls
 
 
+def check(*calls):
+    """Runs the backward passes, the second half of them in reverse order (for queues and
+    stacks). Compares results only then, since later calls may overwrite them."""
+    __tracebackhide__ = True
+    half, done = len(calls) // 2, []
+    for call in [*calls[:half], *reversed(calls[half:])]:
+        done.append((call, call.results()))
+    for call, found in reversed(done):
+        call.compare(found)
+
+
 class Call:
-    """A call of a kernel. `results` runs its backward, `compare` checks the results."""
+    """A call of a kernel. `moment` begins a failure's message. `results` runs the backward,
+    and `compare` checks the results."""
 
     def __init__(self, kernel, case, mode=torch.enable_grad, inputs=None, moment=""):
-        """moment: begins a failure's message."""
         __tracebackhide__ = True
         self.kernel, self.case, self.mode, self.moment = kernel, case, mode, moment
         CALLS[id(kernel)] += type(self) is Call
@@ -407,17 +434,18 @@ class Call:
             self.y = self.guarded(
                 "the call", kernel, *(self.inputs[name] for name in INPUTS), case.scaling)
         self.check_y()
-        self.returned = {"y": self.y.detach().clone()}
         self.grad_y = self.inputs["grad_y"].to(self.y.dtype)
 
     def guarded(self, what, action, *arguments):
-        """Returns an action's result. It must not raise, or change global state or inputs."""
+        """Returns the action's result. The action must not raise, or change global state or
+        inputs."""
         __tracebackhide__ = True
         state = {name: get() for name, (get, _) in GLOBAL_STATE.items()}
         try:
             result = action(*arguments)
         except Exception as error:
-            self.fail(f"{what} raised {type(error).__name__}: {error}", self.leave_out)
+            text = f"{type(error).__name__}: {error}"
+            self.fail(f"{what} raised {text}", lambda: leave_out(self, text))
         for name, (get, put_back) in GLOBAL_STATE.items():
             if get() != state[name]:
                 put_back(state[name])
@@ -431,20 +459,21 @@ class Call:
         return result
 
     def check_y(self):
+        __tracebackhide__ = True
         y, (x, *_, cast) = self.y, DTYPES[self.case.dtypes]
         self.require(isinstance(y, torch.Tensor), f"expected a tensor, found a {type(y).__name__}")
-        shape, dtypes = (*self.case.lead, self.case.d), [cast, f32] if cast else [x]
-        self.require(y.shape == shape, f"wrong shape: expected {shape}, found {(*y.shape,)}",
-                     self.leave_out)
-        self.require(y.dtype in dtypes, f"wrong dtype: expected one of {dtypes}, found {y.dtype}",
-                     self.leave_out)
+        for what, found, expected in [
+                ("shape", (*y.shape,), [(*self.case.lead, self.case.d)]),
+                ("dtype", y.dtype, [cast, f32] if cast else [x])]:
+            self.require(found in expected, f"wrong {what}: expected "
+                         f"{' or '.join(map(str, expected))}, found {found}",
+                         lambda: leave_out(self))
         self.require(not y.is_inference() or self.mode is torch.inference_mode,
                      "y is an inference tensor")
         self.require(self.trainable or not y.requires_grad, "y requires grad, but no input does")
         self.require(y.requires_grad or not {*self.required} & {*TRAINED},
                      f"y does not require grad, unlike {', '.join(self.required)}",
-                     "If the kernel has no backward, use -k 'oracle and not gradients'.\n"
-                     "If it copies weights into a layer, see hydralora_layer.")
+                     "If the kernel has no backward, use -k 'oracle and not gradients'.")
 
     def gradients(self):
         """Returns the gradients. A missing gradient of x, A, B or Wg counts as 0."""
@@ -458,12 +487,12 @@ class Call:
 
     def results(self):
         """Returns y, and the gradients of the inputs that require one."""
+        __tracebackhide__ = True
         grads = self.guarded("the backward", self.gradients)
         written = [name for name in self.required
                    if self.inputs[name].is_leaf and self.inputs[name].grad is not None]
         self.require(not written, f"the backward wrote to .grad of {', '.join(written)}",
                      "It must return the gradients, which PyTorch adds to .grad.")
-        self.returned |= {name: g.clone() for name, g in grads.items()}
         return {"y": self.y} | grads
 
     @functools.cached_property
@@ -471,15 +500,17 @@ class Call:
         return correct_values(self.before, self.case.scaling)  # values, norms
 
     def compare(self, found):
-        """Requires correct results. `tolerance` is cached, so what does not affect it is
-        fixed here."""
+        """Requires correct results. Fields that do not affect `tolerance` are fixed here, so
+        its cache hits."""
         __tracebackhide__ = True
         strides = self.case.strides if "expanded" in self.case.strides else ()
         allowed = tolerance(replace(
             self.case, strides=strides, scaling=abs(self.case.scaling), seed=0, frozen=()))
         errors = errors_of(found, *self.correct)
-        if any(largest(errors[name]) > allowed[name] for name in found):
-            self.fail(*describe(self, found, errors, allowed))
+        wrong = too_large(errors, allowed)
+        if wrong:
+            report = self, found, errors, allowed, wrong
+            self.fail(describe(*report), lambda: cause(*report))
 
     def require(self, condition, message, advice=""):
         __tracebackhide__ = True
@@ -487,48 +518,8 @@ class Call:
             self.fail(message, advice)
 
     def fail(self, message, advice=""):
-        """Raises an AssertionError. Gives advice, a text or a function that returns it,
-        only if the call also fails alone. Otherwise, the cause is state."""
         __tracebackhide__ = True
-        moment, made = self.moment, make(self.case)
-        shapes = ", ".join(f"{name} {(*t.shape,)}" for name, t in self.before.items())
-        lines = [f"{self.case}", shapes]
-        if not self.fails_again(self.mode):
-            lines.append(PASSES_ALONE)
-        else:
-            if self.mode is torch.inference_mode and not self.fails_again(torch.no_grad):
-                moment += "in inference mode: "
-            special = re.search("compile|new memory", moment)
-            if CALLS[id(self.kernel)] > 2 and not special and all(  # values makes 2
-                    torch.equal(t, made[name]) for name, t in self.before.items()):
-                lines.append(f"{NEW_PROCESS}{self.case}, torch.{self.mode.__name__})")
-            lines.append(advice() if callable(advice) else advice)
-        raise AssertionError("\n".join([f"{moment}{message}", *filter(None, lines)]))
-
-    def fails_again(self, mode):
-        """Whether the call fails in this mode when it is repeated alone, on copies."""
-        with torch.inference_mode(False):
-            with mode():
-                copies = {name: copy.deepcopy(self.inputs[name].detach()).requires_grad_(
-                    name in self.trainable) for name in self.before}
-            try:
-                call = Repeat(self.kernel, self.case, mode, {"bias": None} | copies)
-                call.compare(call.results())
-            except Exception:
-                return True
-        return False
-
-    def leave_out(self):
-        """Advice, if the kernel does not support this case."""
-        strided = [name for name in self.before if not self.inputs[name].is_contiguous()]
-        lines = [f"Not contiguous: {', '.join(strided)} (.contiguous() helps)."] if strided else []
-        if not self.moment:
-            axes, name, sizes, bias, dtypes = self.case.words
-            words = ["gradients"] * bool(self.required) + [axes, f"{axes}-{name}", sizes]
-            lines.append("To leave out such tests, use -k 'oracle and not WORD', where WORD is "
-                         f"{', '.join(words)} or bias-{dtypes}"
-                         + ", or -k 'oracle and nobias'" * (bias == "bias") + ".")
-        return "\n".join(lines)
+        raise AssertionError(explain(self, message, advice))
 
 
 class Repeat(Call):
@@ -541,59 +532,106 @@ class Repeat(Call):
 # ---- The message ----
 PASSES_ALONE = (
     "The same call passes alone, on copies of its inputs. So the kernel seems to use what was\n"
-    "left behind or changed since: a cache keyed by an address, a shared workspace, a tensor\n"
-    "saved without save_for_backward, memory read before it is written (torch.empty), a race?")
+    "left behind or changed since: a cache keyed by an address, a workspace or y overwritten\n"
+    "later, a tensor saved without save_for_backward, memory that nobody wrote (torch.empty)\n"
+    "or past a tensor's end (a missing mask), a race?")
 NEW_PROCESS = (
-    "To repeat it with this HYDRALORA_IMPL in a new process (if it passes there, an earlier call\n"
-    "left something behind): from test_hydralora import *; check(IMPLEMENTATION, ")
+    "To repeat it in a new process (if it passes, an earlier call left something behind):\n"
+    "from test_hydralora import *; check(Call(IMPLEMENTATION, ")
 
 
-def describe(call, found, errors, allowed):
-    """Returns a message, and a function that returns a hint."""
-    sizes, places = {name: largest(each) for name, each in errors.items()}, []
-    wrong = [name for name in found if sizes[name] > allowed[name]]
-    worst = max(wrong, key=lambda name: (name == "y", sizes[name] / allowed[name]))
+def explain(call, message, advice):
+    """Returns a failure's text. Gives advice, a text or a function that returns it, only if
+    the call also fails alone. Otherwise, the cause is state."""
+    made, case = make(call.case), f"{call.case}, torch.{call.mode.__name__}"
+    shapes = ", ".join(f"{name} {(*t.shape,)}" for name, t in call.before.items())
+    lines = [f"{call.moment}{message}", case, shapes]
+    if passes_alone(call):
+        return "\n".join([*lines, PASSES_ALONE])
+    repeatable = not re.search("compile|new memory", call.moment) and all(
+        torch.equal(t, made[name]) for name, t in call.before.items())
+    if repeatable and CALLS[id(call.kernel)] > 2:  # values makes 2
+        lines.append(f"{NEW_PROCESS}{case}))")
+    lines.append(advice() if callable(advice) else advice)
+    return "\n".join(filter(None, lines))
+
+
+def passes_alone(call):
+    """Whether the call passes when it is repeated alone, on copies."""
+    with torch.inference_mode(False), contextlib.suppress(Exception):
+        with call.mode():
+            copies = {name: copy.deepcopy(call.inputs[name].detach()).requires_grad_(
+                name in call.trainable) for name in call.before}
+        again = Repeat(call.kernel, call.case, call.mode, {"bias": None} | copies)
+        again.compare(again.results())
+        return True
+    return False
+
+
+def leave_out(call, error=""):
+    """Advice, if the kernel does not support this case."""
+    use = "To leave out such tests, use -k 'oracle and not "
+    if "compile" in call.moment:
+        return use + "compiled'."
+    lines, (axes, name, sizes, bias, dtypes) = [], call.case.words
+    if DEVICE == "cpu" and re.search("cpu|cuda|gpu|device|driver", error, re.I):
+        lines.append("The tensors are on the CPU. For a GPU, set HYDRALORA_DEVICE=cuda.")
+    strided = [name for name in call.before if not call.inputs[name].is_contiguous()]
+    if strided:
+        lines.append(f"Not contiguous: {', '.join(strided)} (.contiguous() helps).")
+    if dtypes.startswith(("mixed", "autocast")):
+        lines.append("For a kernel of one dtype, use -k 'oracle and not mixed and not autocast'.")
+    if not call.moment:
+        words = ["gradients"] * bool(call.required) + [axes, f"{axes}-{name}", sizes]
+        lines.append(f"{use}WORD', where WORD is {', '.join(words)} or bias-{dtypes}"
+                     + ", or -k 'oracle and nobias'" * (bias == "bias") + ".")
+    return "\n".join(lines)
+
+
+def describe(call, found, errors, allowed, wrong):
+    """Returns what is wrong, where, and by how much."""
+    worst, places = wrong[0], []
     for part, each in errors[worst].items():
         off = torch.argwhere(each > allowed[worst])
         if 0 < len(off) < each.numel():
             places.append(f" in {len(off)} of {each.numel()} {part}, first {off[0].tolist()}")
     given, value = as_float64(found[worst]), call.correct[0][worst]
     at = torch.unravel_index((given - value).abs().nan_to_num(math.inf).argmax(), value.shape)
-    message = (f"{worst} is {'wrong' if found[worst].any() else 'zero or missing'}"
-               f"{','.join(places)}: error {sizes[worst]:.2g}, "
-               f"tolerance {allowed[worst]:.2g}\nworst element {[i.item() for i in at]}: "
-               f"found {given[at]:.9g}, expected {value[at]:.9g}")
+    lines = [f"{worst} is {'wrong' if given.any() else 'zero or missing'}{','.join(places)}: "
+             f"error {largest(errors[worst]):.2g}, tolerance {allowed[worst]:.2g}",
+             f"worst element {[i.item() for i in at]}: "
+             f"found {given[at]:.9g}, expected {value[at]:.9g}"]
+    factor = ((given * value).sum() / value.square().sum()).item()
+    scaled = errors_of({worst: given / factor}, *call.correct)
+    if round(factor, 2) not in (0, 1) and not too_large(scaled, allowed):
+        lines.append(f"{worst} is {factor:.3g} times the correct one; "
+                     f"the scaling is {call.case.scaling}")
     if len(found) > 1:
-        correct = [name for name in found if name not in wrong]
-        message += f"\nwrong: {', '.join(wrong)}\ncorrect: {', '.join(correct) or 'nothing'}"
-    for name, each in errors_of(call.returned, *call.correct).items():
-        if name == worst and largest(each) <= allowed[name]:
-            message += f"\n{name} was correct when it was returned, and was overwritten later"
-
-    def hint():
-        if call.case.dtypes == "fp64" and all(
-                torch.equal(t, t.float().double()) for t in found.values()):
-            return "a float32 kernel? Leave out fp64: -k 'oracle and not fp64'"
-        most_rows = (errors[worst]["rows"] > allowed[worst]).float().mean() > 0.5
-        if call.case.dtypes == "fp32" and most_rows and 2e-4 < max(sizes.values()) < 3e-3:
-            return "Errors of this size are those of products in TF32 or bfloat16."
-        known = known_mistakes(call, found, allowed) if call.y.numel() < 50_000 else []
-        return f"matches a known mistake: {' or '.join(known)}" if 0 < len(known) < 4 else ""
-
-    return message, hint
+        correct = ", ".join(name for name in found if name not in wrong)
+        lines += [f"wrong: {', '.join(wrong)}", f"correct: {correct or 'nothing'}"]
+    return "\n".join(lines)
 
 
-def known_mistakes(call, found, allowed):
-    """Returns the messages of the mistakes in KNOWN that give the same results."""
-    known, found = [], {name: as_float64(t).nan_to_num() for name, t in found.items()}
-    for row in KNOWN:
+def cause(call, found, errors, allowed, wrong):
+    """Advice, if results are wrong."""
+    dtypes, size = call.case.dtypes, max(map(largest, errors.values()))
+    if dtypes == "fp64" and all(torch.equal(t, t.float().double()) for t in found.values()):
+        return "a float32 kernel? Leave out fp64: -k 'oracle and not fp64'"
+    most_rows = (errors[wrong[0]]["rows"] > allowed[wrong[0]]).float().mean() > 0.5
+    if dtypes == "fp32" and most_rows and 2e-4 < size < 3e-3:
+        return "Errors of this size are those of products in TF32 or bfloat16."
+    known, results = [], {name: as_float64(t).nan_to_num() for name, t in found.items()}
+    for row in KNOWN if call.y.numel() < 50_000 else []:
         with contextlib.suppress(Exception):  # it does not run on this case
-            results = Repeat(mutant(**row.steps), call.case, call.mode, call.inputs).results()
-            errors = errors_of(
-                {name: results[name].nan_to_num() for name in found}, found, call.correct[1])
-            if all(largest(errors[name]) <= allowed[name] for name in found):
+            other = Repeat(mutant(**row.steps), call.case, call.mode, call.inputs).results()
+            other = {name: other[name].nan_to_num() for name in found}
+            if not too_large(errors_of(other, results, call.correct[1]), allowed):
                 known.append(row.message)
-    return known
+    if 0 < len(known) < 4:
+        return f"matches a known mistake: {' or '.join(known)}"
+    if found[wrong[0]].isnan().any() and not call.moment.startswith("nan"):
+        return "Memory after each input is nan: a read past its end, or of torch.empty?"
+    return ""
 
 
 # ---- The tests ----
@@ -656,30 +694,14 @@ def each_mode_and_case(*names, among=STATE_DTYPES):
 @each_case(*CASES, *OWN, *LARGE, among=DTYPES)
 def test_oracle_values(implementation, case):
     """Without gradients, a correct kernel returns the correct y."""
-    check_all([Call(implementation, case, torch.inference_mode),
-               Call(implementation, case, torch.no_grad)])
+    check(Call(implementation, case, torch.inference_mode),
+          Call(implementation, case, torch.no_grad))
 
 
 @each_case(*CASES, *OWN, *LARGE, among=DTYPES)
 def test_oracle_gradients(implementation, case):
     """With a backward, a correct kernel gives the correct gradients."""
-    check(implementation, case)
-
-
-def check(*arguments):
-    __tracebackhide__ = True
-    check_all([Call(*arguments)])
-
-
-def check_all(calls):
-    """Runs the backward passes, the second half of them in reverse order (for queues and
-    stacks). Compares results only then, since later calls may overwrite them."""
-    __tracebackhide__ = True
-    half, done = len(calls) // 2, []
-    for call in [*calls[:half], *reversed(calls[half:])]:
-        done.append((call, call.results()))
-    for call, found in reversed(done):
-        call.compare(found)
+    check(Call(implementation, case))
 
 
 @each_mode_and_case(*GENERAL, "biased")
@@ -705,7 +727,7 @@ def test_oracle_calls_in_a_row(implementation, mode, case):
         what = ", ".join([*new, *(f"{key}={change[key]}" for key in change)])
         moment = f"call {len(calls) + 1}, with {'new ' + what if what else 'nothing new'}: "
         calls.append(Call(implementation, now, mode, inputs | {i: made[i] for i in new}, moment))
-    check_all(calls)
+    check(*calls)
 
 
 @each_mode_and_case(*GENERAL, "biased")
@@ -717,7 +739,7 @@ def test_oracle_changed_tensors(implementation, mode, case):
     if mode is not torch.enable_grad:
         case = replace(case, lead=(2, 1)[-len(case.lead):], frozen=INPUTS)
     inputs = make(case)
-    check(implementation, case, mode, inputs)
+    check(Call(implementation, case, mode, inputs))
     for way, name in itertools.product(modes, case.inputs):
         start, rest = inputs[name].detach().flatten().tensor_split([1])
         changed = torch.cat([start, rest.flip(0)]).view(inputs[name].shape)
@@ -726,7 +748,8 @@ def test_oracle_changed_tensors(implementation, mode, case):
         else:
             inputs[name].data.copy_(changed)
         for each in modes[way]:
-            check(implementation, case, each, inputs, f"after the test changed {name} ({way}): ")
+            moment = f"after the test changed {name} ({way}): "
+            check(Call(implementation, case, each, inputs, moment))
 
 
 @each_case("plain", "biased")
@@ -737,7 +760,7 @@ def test_oracle_gradients_of_each_subset(implementation, case):
         for frozen in itertools.combinations(case.inputs, size):
             for name in case.inputs:
                 inputs[name].requires_grad_(name not in frozen)
-            check(implementation, replace(case, frozen=frozen), torch.enable_grad, inputs)
+            check(Call(implementation, replace(case, frozen=frozen), inputs=inputs))
 
 
 @each_case(*GENERAL)
@@ -756,12 +779,12 @@ def test_oracle_gradients_accumulate(implementation, case):
         for calls in [(one, two)] if at_once else [(one,), (two,)]:
             one.guarded("the backward", lambda: torch.autograd.backward(
                 [call.y for call in calls], [call.grad_y for call in calls], retain_graph=True))
-        found = {}
+        found, (values, norms) = {}, map(dict, one.correct)
         for name in {*TRAINED} - {*new}:
             key, leaf = f"{name}.grad", leaves[name]
-            total = as_float64(leaf * 0 if leaf.grad is None else leaf.grad)
-            error = total - one.correct[0][key] - two.correct[0][key]
-            found[key] = one.correct[0][key] + error / 2
+            found[key] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            values[key], norms[key] = values[key] + two.correct[0][key], 2 * norms[key]
+        one.correct = values, norms
         one.compare(found)
 
 
@@ -816,13 +839,13 @@ def test_oracle_memory_is_freed(implementation, mode, case):
 
 @each_mode_and_case(*GENERAL, "empty-batch", among=["fp32", "bf16"])
 def test_oracle_unwritten_memory(implementation, mode, case):
-    """PyTorch fills new memory with nan. A correct kernel writes memory before it reads it."""
+    """PyTorch fills new memory with nan. A correct kernel writes it before reading it."""
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("warn")  # this fills new memory
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            check(implementation, case, mode, None, "with nan in all new memory: ")
+            check(Call(implementation, case, mode, None, "with nan in all new memory: "))
     finally:
         torch.set_deterministic_debug_mode(before)
 
@@ -834,9 +857,9 @@ def test_oracle_gradients_compiled(implementation, case):
     compiled = torch.compile(lambda *inputs: implementation(*inputs), backend="eager")
     case = replace(case, scaling=0.5, strides=("swapped", 0))
     with CrossRefFakeMode(lambda op: op.namespace == "aten"):
-        check(implementation, case, torch.enable_grad, None, "for torch.compile: ")
+        check(Call(implementation, case, moment="for torch.compile: "))
     if (case.name, case.dtypes) in [("plain", "fp32"), ("square", "bf16")]:  # slow
-        check(compiled, case, torch.enable_grad, None, "under torch.compile: ")
+        check(Call(compiled, case, moment="under torch.compile: "))
 
 
 TESTS = {name.removeprefix("test_oracle_"): test for name, test in globals().items()
@@ -955,7 +978,6 @@ KNOWN = [  # named in the message of a failure with the same results
     mistake("scaling twice", s=lambda v: v.s**2),
     mistake("logits divided by sqrt(k)", logits=lambda v: v.logits / v.k**0.5),
     mistake("heads in another order", B=lambda v: v.B.roll(1, 0)),
-    mistake("A.grad halved", dA=lambda v, g: g / 2),
     mistake("no gradient from the router to x", logits=lambda v: F.linear(v.h.detach(), v.Wg)),
     mistake("softmax over tokens", w=lambda v: v.logits.softmax(-2)),
     mistake("softmax's backward without - sum_i w_i dw_i", w=lambda v: uncentred(v.logits)),
@@ -1008,19 +1030,19 @@ WRONG = [
     mistake("y is wrong", "zero-tokens", A=lambda v: straight_through(  # if axes are swapped
         v.A, v.A.detach().as_strided(v.A.shape, sorted(v.A.stride(), reverse=True)))),
     mistake("A.grad is wrong", "many-tokens", "bf16", y=lambda v: chunks(v, 32)),
+    mistake("A.grad is 0.5 times the correct one; the scaling is 1.75", dA=lambda v, g: g / 2),
     mistake("in 1 of 6 columns, first [5]: error 0.00012",
             y=also(lambda v: v.y.data[..., -1].mul_(1 + 1.3e-4))),
     mistake("a float32 kernel?", dtypes="fp64", y=lambda v: v.y.float().double()),
     mistake("expected a tensor, found a tuple", y=lambda v: (v.y, 0)),
     mistake("wrong shape", "last-tokens", y=lambda v: v.y.squeeze()),
-    mistake("wrong dtype", dtypes="mixed-fp16", y=lambda v: v.y.float()),
-    mistake("found nan",
+    mistake("and not mixed and not autocast'", dtypes="mixed-fp16", y=lambda v: v.y.float()),
+    mistake("Memory after each input is nan",
             A=lambda v: v.A + 0 * v.A.detach().as_strided([1], [1], v.A.numel())),
     mistake("y is wrong", dtypes="mixed-bf16", y=also(lambda v: v.y.data.mul_(1.06))),
     mistake("y is an inference tensor", y=lambda v: torch.inference_mode()(torch.clone)(v.y)),
     mistake("A.grad is wrong", "empty-batch", dA=lambda v, g: g + (v.y.numel() == 0)),
-    mistake("in inference mode: the call raised",
-            y=also(lambda v: v.y.is_inference() and 1 / 0)),
+    mistake("torch.inference_mode", y=also(lambda v: v.y.is_inference() and 1 / 0)),
     mistake("the call raised RuntimeError: Inference tensors",
             z=lambda v: v.z * v.memory.setdefault("ones", torch.ones_like(v.z))),
     *(mistake(f"the call changed {name}", y=also(lambda v, put=put, value=value: put(value)))
@@ -1029,9 +1051,9 @@ WRONG = [
     mistake("the call changed Wg.requires_grad", "gradients_of_each_subset",
             y=also(lambda v: v.Wg.requires_grad_())),
     mistake("the backward changed grad_y in place", dy=lambda v, g: g.data.mul_(2)),
-    mistake("check(IMPLEMENTATION, Case(dtypes='fp32', scaling=-1.75), torch.no_grad)",
+    mistake("check(Call(IMPLEMENTATION, Case(dtypes='fp32', scaling=-1.75), torch.no_grad))",
             "calls_in_a_row", s=lambda v: v.memory.setdefault("s", v.s)),
-    mistake("y was correct when it was returned", "calls_in_a_row",
+    mistake("a workspace or y overwritten", "calls_in_a_row",
             y=also(lambda v: v.memory.setdefault(v.y.shape, v.y).data.copy_(v.y))),
     mistake("lead=(2, 70): y is wrong", "calls_in_a_row", delta=lambda v: first(
         v.delta, v.memory.setdefault((v.k, v.d, v.r, v.n), -(-v.tokens // 64) * 64), -2)),
@@ -1069,7 +1091,7 @@ WRONG = [
     mistake("y, grad_y alive", "memory_is_freed", dy=lambda v, g: v.memory.update(kept=g)),
     mistake("with nan in all new memory: A.grad is wrong", "unwritten_memory",
             dA=lambda v, g: g + 0 * torch.empty_like(g)),
-    mistake("mismatched tensor metadata", "gradients_compiled",
+    mistake("and not compiled'", "gradients_compiled",
             y=lambda v: v.y + torch.ops.oracle.zeros(v.y.detach())),
     mistake("under torch.compile: ", "gradients_compiled",
             s=lambda v: 1.75 if torch.compiler.is_compiling() else v.s),
