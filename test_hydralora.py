@@ -43,18 +43,9 @@ Of 44 mistakes in a Triton kernel, the slow cases alone caught five. If the proc
 (TRITON_INTERPRET=1) needs no GPU. There, tiles of 128 are fast, and a kernel needs
 @torch.compiler.disable.
 
-To use it, stop here. To understand it, read on:
-
-    The definition     what is correct
-    The cases          on which inputs
-    The tensors        how these are made
-    The tolerance      how closely
-    A call             all that is checked
-    The message        what a failure says
-    The tests          which calls are made
-    Mistakes           for each case and test, one that it catches
-    Correct kernels    other ways to compute the same
-    The layer          from here on, tests of this project alone
+To use it, stop here. The sections that follow go from the definition, which says what is
+correct, over the cases and one call to the tests, and to mistakes that they must catch.
+From "The layer" on, the tests are about this project alone.
 
 To add a case, add a row to CASES, or to LARGE if it is slow. To add a test, write it
 above TESTS:
@@ -1200,7 +1191,7 @@ def test_definition_by_hand_agrees(name):
 
 # ---- The layer ----
 N, K, D, R = 4, 7, 5, 3  # heads, features in and out, rank
-GATES = torch.tensor([0.1, 0.2, -0.3, 0.4])  # fixed gates need not sum to 1
+GATES = torch.tensor([0.1, 0.2, -0.3, 0.4])
 IDS = torch.randint(64, (3, 11), generator=torch.Generator().manual_seed(3))
 randn = functools.partial(torch.randn, dtype=f64)
 close = torch.testing.assert_close
@@ -1241,7 +1232,7 @@ def test_defaults():
     assert (layer.in_features, layer.out_features) == (256, 5)
     assert not any(module.training for module in layer.modules())
     assert layer.weight is base.weight and layer.bias is base.bias
-    assert not isinstance(layer.router, nn.Linear)  # which quantisers replace
+    assert not isinstance(layer.router, nn.Linear)
     assert not any(p.requires_grad for p in base.parameters())
     router = Router(K, N, "meta", bf16)
     assert router.weight.is_meta and router.weight.dtype == bf16
@@ -1257,7 +1248,7 @@ def test_dtypes(dtype):
     assert layer.lora_A.dtype == layer.lora_B.dtype == layer.router.weight.dtype == adapter
     assert layer(x).dtype == dtype and layer.to(dtype)(x).dtype == dtype
     assert {(t.dtype, t.requires_grad) for t in layer.to_lora(GATES)} == {(adapter, False)}
-    close(mean_gates(layer, [x])[""], layer.router(x[0]).detach().to(adapter))  # not 16-bit sums
+    close(mean_gates(layer, [x])[""], layer.router(x[0]).detach().to(adapter))
     with torch.autocast("cpu", dtype=bf16):
         assert layer(x).dtype == layer.base(x).dtype
 
@@ -1275,13 +1266,13 @@ def test_layer_can_be_copied_alone():
 def test_router_of_16_bits_learns_at_a_gate_near_1():
     router = Router(1, 2).to(bf16)
     router.weight.data[:, 0] = torch.tensor([7.0, 0.0])
-    router(torch.ones(1, dtype=bf16))[0].backward()  # w_0 (1 - w_0), where bf16 has w_0 = 1
+    router(torch.ones(1, dtype=bf16))[0].backward()
     assert router.weight.grad[0].item() == pytest.approx(9e-4, rel=0.05)
 
 
 def test_dropout_has_one_mask_on_x_and_skips_the_router():
     layer, x = make_layer(6, 6, r=6, lora_alpha=6, lora_dropout=0.5), randn(50, 6)
-    with torch.no_grad():  # if each B_i is the inverse of A, the update is x after dropout
+    with torch.no_grad():  # B_i inverts A: the update is x after dropout
         layer.lora_B.copy_(torch.linalg.inv(layer.lora_A).expand(N, 6, 6))
     with record_gates(layer) as gates:
         mask = (layer(x) - layer.base(x)) / x
@@ -1303,7 +1294,6 @@ def test_tiny_transformer_by_its_definition():
             q, k, v = (F.linear(x, getattr(layer, name).weight[rows])
                        for name in ("q_proj", "k_proj", "v_proj"))
             heads.append((q @ k.mT / 4 + later).softmax(-1) @ v)
-        close(layer.attention(h), torch.cat(heads, -1), rtol=0, atol=1e-4)
         h = h + layer.o_proj(torch.cat(heads, -1))
         h = h + layer.down_proj(F.gelu(layer.up_proj(layer.mlp_norm(h))))
     close(model(IDS), model.lm_head(model.norm(h)), rtol=0, atol=1e-4)
@@ -1322,7 +1312,7 @@ def test_injection_changes_no_output_and_no_mode():
     assert inject_hydralora(plain_model().to("meta"), "q_proj")(IDS.to("meta")).is_meta
 
 
-# defines TopTwo and TopTwoLayer; "if True:", because the code is indented
+# defines TopTwo and TopTwoLayer
 exec("if True:" + Router.__doc__.split("them:")[1])
 
 
@@ -1392,10 +1382,7 @@ def test_sse_by_hand():
         n, sse = num_heads_from_corpus(iter(documents), max_heads=3)
         assert n == 2
         np.testing.assert_allclose(sse, [1.659844, 0.069862, 0.034931], atol=1e-5)
-
-
-def test_num_heads_of_repeated_documents():
-    n, sse = num_heads_from_corpus(["a b", "c d", "e f"] * 5)
+    n, sse = num_heads_from_corpus(["a b", "c d", "e f"] * 5)  # where SSEs are 0
     assert n == 3
     np.testing.assert_allclose(sse, [10, 5] + 8 * [0], atol=1e-5)
 
@@ -1472,7 +1459,8 @@ def test_refused_merging_and_loading_change_nothing():
     state = {key: 2 * t for key, t in hydralora_state_dict(model).items()}
     *_, key = state
     for bad, word in [
-            ({}, "12 missing"), (state | {"more": IDS}, "more"), (dict([*state.items()][:-1]), key),
+            ({}, "12 missing, first 'layers.0.q_proj.lora_A'"), (state | {"more": IDS}, "more"),
+            (dict([*state.items()][:-1]), key),
             (state | {key: state[key][:1]}, f"{key} must be .4, 64., got .1, 64.")]:
         with pytest.raises(ValueError, match=word):
             load_hydralora_state_dict(model, bad)
@@ -1494,10 +1482,9 @@ def test_gates_compiled_or_not(compiled):
     close([*means], [w.mean((0, 1)) for w in gates.values()])
     with hook_gates(model, lambda name, w: 0 * w):
         close(run(IDS), plain_model()(IDS))
-    for columns in ([0], [*range(N), 0]):  # not n gates
-        with hook_gates(model, lambda name, w: w[..., columns]):
-            with pytest.raises(RuntimeError, match="unflatten"):
-                run(IDS)
+    for gates in ([0], [*range(N), 0]):  # not n
+        with hook_gates(model, lambda _, w: w[..., gates]), pytest.raises(RuntimeError):
+            run(IDS)
     assert torch.equal(run(IDS), logits)
 
 
@@ -1558,7 +1545,7 @@ def shared_router():
     return model
 
 
-def never_called():  # but its weight may be read, as Mamba does
+def never_called():
     model = nn.Identity()
     model.dt_proj = nn.Linear(K, D)
     return inject_hydralora(model, "dt_proj")
@@ -1591,12 +1578,13 @@ def layer_with(name, t):
     ("dt_proj. got no token", lambda: mean_gates(never_called(), [torch.ones(K)])),
     ("routed to this expert", lambda: mean_gates(make_layer(), [randn(0, K)])),
     *(("inside this", lambda wrap=wrap: hydralora_state_dict(wrap(adapted_model())))
-      for wrap in (nn.DataParallel, torch.optim.swa_utils.AveragedModel,
+      for wrap in (type("DistributedDataParallel", (nn.Identity,), {}), nn.DataParallel,
+                   torch.optim.swa_utils.AveragedModel,
                    functools.partial(torch.compile, backend="eager"))),
     ("accelerate", lambda: export_lora(adapted_model().to("meta"), GATES)),
     *((f"{name} is .* {word}", lambda name=name, t=t: hydralora_state_dict(layer_with(name, t)))
       for name in ("lora_A", "lora_B", "router.weight")
-      for word, t in [("FULL_STATE_DICT", torch.ones(9)),  # as in FSDP1, and as a DTensor
+      for word, t in [("FULL_STATE_DICT", torch.ones(9)),  # FSDP1, a DTensor
                       ("ignore_frozen_params", torch.ones(9, 9).as_subclass(Subclass))]),
     ("0.q_proj.base is adapted, too", lambda: export_lora(
         inject_hydralora(adapted_model("0.q_proj"), "q_proj.base", num_heads=N), GATES)),
@@ -1642,8 +1630,6 @@ def test_fsdp1_is_saved_as_the_message_says():
     fsdp, model = pytest.importorskip("torch.distributed.fsdp"), adapted_model()
     adapter, store = copy.deepcopy(hydralora_state_dict(model)), torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    with pytest.raises(ValueError, match="inside this DistributedDataParallel"):
-        hydralora_state_dict(nn.parallel.DistributedDataParallel(adapted_model()))
     model = fsdp.FullyShardedDataParallel(model, use_orig_params=True, device_id=IDS.device)
     with pytest.raises(ValueError, match="FULL_STATE_DICT"):
         hydralora_state_dict(model)
@@ -1697,7 +1683,7 @@ def changed_lines(pinned, output, *tolerances):
         return abs(float(said) - float(number)) <= tolerances[len(said.partition(".")[2])]
 
     pinned, found = toy_lines(pinned), toy_lines(output)
-    return [text for text, said in pinned.items() if len(said) != len(found.get(text, ()))
+    return [text for text, said in pinned.items() if len(said) > len(found.get(text, ()))
             or not all(map(agree, said, found[text]))]
 
 
@@ -1717,7 +1703,7 @@ LoRA-Split 2304 13.2 10.2 2.50
 HydraLoRA, true labels 2304 13.8 9.5 2.51
 HydraLoRA 2496 14.8 9.9 2.60
 best possible without the domain 70.1 55.0
-best possible, domain inferred 100.0 91.1
+best possible without labels 100.0 91.1
 o_proj, question marks 0.00 0.07 0.00
 o_proj, question marks: NMI with domain, symbol 0.00 0.00
 merged for each domain (%) 14.8
@@ -1777,10 +1763,9 @@ def seed_0(toy):
 
 def test_toy_real_run(seed_0):
     """The tolerances are wider than the differences between CPUs."""
-    without_loss = re.sub(r"(\.\d) +\d\.\d\d$", r"\1", seed_0, flags=re.M)
-    assert changed_lines(REAL, without_loss, 4, 1.2, 0.06) == []
+    assert changed_lines(REAL, seed_0, 4, 1.2, 0.06) == []
     for sentence in ("points ahead of LoRA.", "points ahead of LoRA with a ReLU.",
-                     "o_proj's heads closely follow the domain, and hardly the symbol.",
+                     "o_proj's heads follow the domain more than the symbol.",
                      "A common start makes the A's alike early, and neither at the end.",
                      "A common domain makes neither alike early, and both at the end."):
         assert sentence in seed_0
@@ -1812,7 +1797,6 @@ def test_toy_cut_model_is_the_model(targets, toy):
 
 
 def test_toy_methods_start_alike(toy):
-    """On each layer, in any order of targets."""
     model, table = TinyTransformer(TinyConfig()), toy.methods(3, 9, 64, 64)
     _, (q, v) = toy.adapt(model, table["HydraLoRA"], ["q_proj", "v_proj"], 0)
     assert not torch.equal(q.lora_A, v.lora_A)
@@ -1859,6 +1843,7 @@ def test_toy_two_seeds(toy):
     assert found["HydraLoRA, rarest domain (%)"] == pytest.approx([8.31, 7.64, 8.98], abs=2)
     assert found["best without the domain (%)"] == pytest.approx([71.29, 69.88, 72.71], abs=0.1)
     assert found["NMI of head and domain"] == pytest.approx([0.01, 0.00, 0.02], abs=0.015)
+    assert "o_proj's heads follow neither." in output
 
 
 @parametrize("options", [

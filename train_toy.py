@@ -13,14 +13,14 @@ but no label says which domain a sequence is from. In domain 0:
     target:                   b j l k j d ...    the same symbols, enciphered
 
 A transformer of two blocks learns one set of ciphers and is frozen. An adapter on o_proj,
-the output projection of the last attention, then learns new ciphers.
+the output projection of the last attention, learns new ciphers.
 
 The task is designed so that a router helps. Each domain uses five symbols of its own
 four times as often as the others (twice, in the harder test), so the input x of o_proj
 shows the domain. The answer depends on domain and symbol together: on seed 0, f becomes
 k in domain 0, but l in domain 1. A LoRA can hardly combine the two, because x is nearly
 a domain part plus a symbol part, and B A x is linear in x. A ReLU after A can combine
-them, and so can gates that depend on x. Other layers need HydraLoRA less.
+them, and so can gates that depend on x. On up_proj and down_proj, a LoRA is enough.
 
 `run` is the experiment, in five parts.
 """
@@ -114,8 +114,7 @@ def predict(model, data, gates=None):
 @torch.no_grad()
 def accuracy(model, data, gates=None):
     """Percent of correct symbols of each sequence: (count,)."""
-    x, h, targets, domain = data
-    return 100 * (predict(model, data, gates).argmax(-1) == targets).float().mean(1)
+    return 100 * (predict(model, data, gates).argmax(-1) == data[2]).float().mean(1)
 
 
 def gates_and_accuracy(model, data):
@@ -153,8 +152,8 @@ def pretrain(batches, seed, device):
     update = adamw(model, 3e-3)
     for plain, targets, domain in batches:
         data = Data(*encode(model, plain), targets, domain)
-        # So the first block finds which symbol each ? stands for, and the last attention
-        # the domain. Without this loss, heads follow the domain on fewer seeds.
+        # This teaches the first block which symbol each ? is, so that the last attention can
+        # find the domain. Without it, heads follow the domain on fewer seeds.
         auxiliary = F.cross_entropy(model.lm_head(model.norm(data.h)).mT, plain)
         update(F.cross_entropy(predict(model, data).mT, targets) + 2.0 * auxiliary)
     print("Pre-training on old ciphers. Accuracy (%) on the last batch:",
@@ -287,11 +286,11 @@ def print_heads(models, test, plain):
         tokens = "all positions" if layer in QKV else "question marks"
         print(f"   {f'{layer}, {tokens}':23}", *map("{:5.2f}".format, course))
     print("   accuracy (%)           ", *(f"{correct.mean():5.0f}" for _, correct in seen.values()))
-    numbers = {f"NMI after {steps} steps": x for steps, x in zip(seen, course)}  # last layer
+    numbers = {f"NMI after {steps} steps": x for steps, x in zip(seen, course)}
     numbers["NMI of head and domain"] = course[-1]
 
     print("\n   A sequence of each domain, the answer (* before an error), the head of "
-          f"{layer}\n   with the largest gate, and mean gates over the tokens above:\n")
+          f"{layer}\n   with the largest gate, and mean gates in all sequences of its domain:\n")
     used = {layer: w[:, :LENGTH] if layer in AT_PLAINTEXT else w[:, -LENGTH:]
             for layer, w in gates.items()}
     print_sequences(models[STEPS], gates, used[layer].argmax(-1), test, plain)
@@ -301,8 +300,9 @@ def print_heads(models, test, plain):
         numbers |= zip((f"NMI of {layer} and {what}" for what in ("domain", "symbol")), found)
         tokens = "plaintext" if layer in AT_PLAINTEXT else "question marks"
         print(f"   {layer}, {tokens}: NMI with domain, symbol", *map("{:.2f}".format, found))
-        how = ("closely" if x > 0.8 else "partly" if x > 0.2 else "hardly" for x in found)
-        print("   {}'s heads {} follow the domain, and {} the symbol.".format(layer, *how))
+        (most, one), (_, other) = sorted(zip(found, ("domain", "symbol")), reverse=True)
+        said = f"the {one} more than the {other}" if most > 0.2 else "neither"
+        print(f"   {layer}'s heads follow {said}.")
     return numbers
 
 
@@ -422,7 +422,7 @@ def run(seed, options):
         if not (options.all or name in MAIN_RUN):
             continue
         model, _ = adapt(frozen, method, options.target, seed)
-        lr = options.lr or qkv and method.qkv_lr or method.lr
+        lr = options.lr or (qkv and method.qkv_lr) or method.lr
         update = adamw(model, lr, options.router_rate)
         trained[name] = {0: copy.deepcopy(model)}
         for steps, batch in enumerate(batches, 1):
@@ -438,7 +438,7 @@ def run(seed, options):
         print("   {:25}{:12,}{:14.1f}{:17.1f}{:11.2f}".format(name, *rows[name][:3], loss))
 
     numbers = {}
-    for what, usual, on_harder in zip((" without the domain", ", domain inferred"), *bounds):
+    for what, usual, on_harder in zip((" without the domain", " without labels"), *bounds):
         print(f"   {f'best possible{what}':37}{usual:14.1f}{on_harder:17.1f}")
         numbers[f"best{what} (%)"] = usual
     if uneven:
@@ -448,7 +448,7 @@ def run(seed, options):
         if name in ("LoRA", "LoRA with a ReLU"):
             lead = round(rows["HydraLoRA"].accuracy, 1) - round(row.accuracy, 1)
             print("   HydraLoRA is {:.1f} points {} {}.".format(
-                abs(lead), "ahead of" if lead > 0 else "behind", name))
+                abs(lead), "ahead of" if lead >= 0 else "behind", name))
 
     numbers |= print_heads(trained["HydraLoRA"], test, plain)
     numbers |= print_merged(trained["HydraLoRA"][STEPS], batches, test)
