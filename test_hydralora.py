@@ -1583,7 +1583,7 @@ def layer_with(name, t):
     ("accelerate", lambda: export_lora(adapted_model().to("meta"), GATES)),
     *((f"{name} is .* {word}", lambda name=name, t=t: hydralora_state_dict(layer_with(name, t)))
       for name in ("lora_A", "lora_B", "router.weight")
-      for word, t in [("FULL_STATE_DICT", torch.ones(9)),  # FSDP1, a DTensor
+      for word, t in [("FULL_STATE_DICT", torch.ones(9)),
                       ("ignore_frozen_params", torch.ones(9, 9).as_subclass(Subclass))]),
     ("0.q_proj.base is adapted, too", lambda: export_lora(
         inject_hydralora(adapted_model("0.q_proj"), "q_proj.base", num_heads=N), GATES)),
