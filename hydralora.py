@@ -40,7 +40,7 @@ __version__ = "0.13.0"
 # ---- The layer ----
 # MIT License, (c) 2026 the "HydraLoRA in one file" authors. A copy needs
 # import copy, math, torch, torch.nn.functional as F; from torch import nn
-# Freeze the rest of the model. Modules that only read .weight bypass the update:
+# Freeze the model, then wrap. Modules that only read .weight bypass the update:
 # nn.MultiheadAttention, nn.TransformerEncoderLayer in eval mode, Mamba.
 class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
     """Eq. 4: x (..., k) -> gates w (..., n).
@@ -188,14 +188,14 @@ class HydraLoRALinear(nn.Module):
 #   start at 0, are not. On LLaMA2-7B, A hardly moves, so A's from two starts differ
 #   even for one task (Ban and Ji, 2025, arXiv 2509.25414).
 # - A common domain. In train_toy.py, trained LoRAs of one domain overlap by 0.85 in A
-#   and 0.88 in B, even from two starts. Those of two domains overlap by 0.39 and 0.49,
-#   even from one start (1: the same subspace; 0.14: chance).
+#   and 0.88 in B, even from two starts. Those of two domains overlap less, by 0.39 in A
+#   and 0.49 in B, even from one start (1: the same subspace; 0.14: chance).
 #
-# So similar A's show a common start or a common domain, and two domains share less.
-# The reason left is size: N LoRAs have N r (k + d) parameters, but one A with N heads
-# has r (k + N d). Sharing B, as Ban and Ji do, saves as much if k = d, but the heads can
-# then write to only r dimensions of y. With one A, they write to N r, but read only r
-# features of x.
+# So similar A's show a common start or a common domain, and not that domains can share
+# an A. The reason left is size: N LoRAs have N r (k + d) parameters, but one A with N
+# heads has r (k + N d). Sharing B, as Ban and Ji do, saves as much if k = d, but then the
+# heads write to only r dimensions of y. With one A, they write to N r, but read only r
+# features of x. In train_toy.py, sharing A is better by a point.
 #
 # Why do the heads differ, and divide the domains?
 # For one token, let g = dL/dy, let l = Wg^T x be the logits, so that w = softmax(l),
@@ -212,17 +212,17 @@ class HydraLoRALinear(nn.Module):
 # stay equal.
 #
 # Later, a token raises the logits of heads that lower its loss more than the mixture,
-# and lowers the others. The better heads then learn more from this token, relative to
-# the others. Hence a small random preference grows, if the router can recognise similar
-# tokens from x. What the heads have in common cancels in dL/dl, so only their
-# differences move the router. If domains need different answers, a head that becomes
-# better in one becomes worse in another, so no head takes all tokens.
+# and lowers the others. It then counts more in the gradients of the better heads. Hence
+# a small random preference grows, if the router can recognise similar tokens from x.
+# What the heads have in common cancels in dL/dl, so only their differences move the
+# router. If a word needs different answers in two domains, no single head suits both, so
+# no head takes all tokens.
 #
 # Summed over tokens, dL/dWg tends to turn the router first to what varies most in x. On
 # the o_proj of train_toy.py, this is the domain, and in most runs the heads divide the
-# domains within 20 of 400 steps. On q_proj, at the question marks, it is the symbol, and
-# the heads follow the symbol. On v_proj, at the plaintext, it is the symbol, too, but the
-# heads rather follow the domain: we do not know why.
+# domains within 20 of 400 steps. On q_proj, it is the word, and the heads follow the
+# word. On v_proj, it is the word, too, but the heads rather follow the domain: we do not
+# know why.
 #
 # What does AdamW change, and can a head stay unused?
 # If w_i is nearly 0 for all tokens, so are the gradients of B_i and of row i of

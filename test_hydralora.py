@@ -29,7 +29,7 @@ test_oracle_gradients[slow-3d-script-odd-bias-fp32] are:
     slow        the case is a row of LARGE
     3d          x has three axes: (batch, tokens, k)
     script      the case, a row of CASES or LARGE, or "own"
-    odd         k, d or r is not a multiple of 16; otherwise "aligned" (any n)
+    odd         k, d or r is not a multiple of 16; otherwise "aligned"
     bias        or "nobias"
     fp32        the dtypes, a row of DTYPES
 
@@ -45,7 +45,7 @@ Of 44 mistakes in a Triton kernel, the slow cases alone caught five. If the proc
 @torch.compiler.disable.
 
 To use it, stop here. The sections that follow go from the definition, which says what is
-correct, over the cases and one call to the tests, and to mistakes that they must catch.
+correct, over the cases and one call to the tests, and to mistakes that they catch.
 From "The layer" on, the tests are about this project alone.
 
 To add a case, add a row to CASES, or to LARGE if it is slow. To add a test, write it
@@ -232,7 +232,7 @@ STATE_DTYPES = ("fp32", "bf16", "fp16", "mixed-bf16", "autocast-bf16")
 
 
 def cases_of(name):
-    """Returns this case in nine dtypes, in six (a new row of CASES), in three (of LARGE) or in
+    """Returns this case in nine dtypes, in six (a new row of CASES), in three (of LARGE) or
     fewer, with other strides of the same kind in each."""
     dtypes = [*DTYPES]
     if name in WHOLE:
@@ -275,8 +275,8 @@ def strided(t, kind, rng):
 
 
 @functools.cache
-def normal(shape, *seed):
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+def normal(shape, std, *seed):
+    return torch.from_numpy(std * np.random.default_rng(seed).normal(size=shape))
 
 
 def make(case):
@@ -291,10 +291,12 @@ def make(case):
             ("B", c.r**-0.5, (c.n, c.d, c.r), adapter),
             ("Wg", c.k**-0.5, (c.n, c.k), adapter),
             ("grad_y", 1.0, (*c.lead, c.d), autocast or x)]):
-        t = std * normal(shape, c.seed, i)
+        t = normal(shape, std, c.seed, i)
         if name in ACTIVATIONS:
             t = t + c.mean
-        t = before_nan((t * torch.as_tensor(c.factors.get(name, 1.0))).to(DEVICE, dtype))
+        if name in c.factors:
+            t = t * torch.as_tensor(c.factors[name])
+        t = before_nan(t.to(DEVICE, dtype))
         if c.strides:
             kind, seed = c.strides
             t = strided(t, kind, np.random.default_rng([seed, i]))
@@ -356,7 +358,7 @@ def largest(errors):
 def too_large(errors, allowed):
     """Returns the names of the tensors that are wrong: y, then the worst gradient first."""
     excess = {name: largest(each) / allowed[name] for name, each in errors.items()}
-    return sorted([name for name in excess if not excess[name] <= 1],  # nan is wrong, too
+    return sorted([name for name in excess if not excess[name] <= 1],
                   key=lambda name: (name != "y", -excess[name]))
 
 
@@ -665,7 +667,7 @@ def implementation():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(2**40)  # which no kernel sets
-    torch.set_float32_matmul_precision("highest")  # even if the kernel's module set another
+    torch.set_float32_matmul_precision("highest")  # whatever the kernel's module set
     yield IMPLEMENTATION
     torch.set_num_threads(threads)
 
