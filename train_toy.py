@@ -55,9 +55,9 @@ WATCHED = (0, 5, 10, 20, 100, STEPS)  # steps after which we look at heads
 EARLY = 20  # steps: A has hardly moved
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")  # of a block
 QKV = LAYERS[:3]
-AT_PLAINTEXT = LAYERS[1:3]  # the others' outputs there are not used
+AT_PLAINTEXT = LAYERS[1:3]  # others' outputs there are unused
 MAIN_RUN = ("LoRA", "LoRA with a ReLU", "HydraLoRA, random router", "LoRA MoE",
-            "HydraLoRA, true labels", "HydraLoRA")  # --all adds the others
+            "HydraLoRA, true labels", "HydraLoRA")  # --all adds others
 
 Data = namedtuple("Data", "x h targets domain")
 Row = namedtuple("Row", "size accuracy harder rarest")  # parameters, then percents
@@ -414,7 +414,7 @@ def run(seed, options):
     print("2. Which adapters learn the new ciphers (Tables 2 and 3, Fig. 6)?\n")
     print("                              parameters  accuracy (%)  harder test (%)  last loss")
     shapes = [frozen.layers[1].get_submodule(target).weight.shape for target in options.target]
-    d, k = (sum(sizes) // len(sizes) for sizes in zip(*shapes))  # means, so that sizes add up
+    d, k = (sum(sizes) // len(sizes) for sizes in zip(*shapes))  # means: sizes add up
     uneven = len({*options.proportions}) > 1
     rarest = options.proportions.index(min(options.proportions))
     rows, trained = {}, {}
@@ -424,12 +424,13 @@ def run(seed, options):
         model, _ = adapt(frozen, method, options.target, seed)
         lr = options.lr or (qkv and method.qkv_lr) or method.lr
         update = adamw(model, lr, options.router_rate)
-        trained[name] = {0: copy.deepcopy(model)}
+        if name == "HydraLoRA":
+            trained[0] = copy.deepcopy(model)
         for steps, batch in enumerate(batches, 1):
             loss = F.cross_entropy(predict(model, batch, method.gates).mT, batch.targets)
             update(loss)
-            if steps in WATCHED:
-                trained[name][steps] = copy.deepcopy(model)
+            if name == "HydraLoRA" and steps in WATCHED:
+                trained[steps] = copy.deepcopy(model)
 
         size = sum(p.numel() for p in model.parameters() if p.requires_grad)
         correct, on_harder = (accuracy(model, data, method.gates) for data in (test, harder))
@@ -450,8 +451,8 @@ def run(seed, options):
             print("   HydraLoRA is {:.1f} points {} {}.".format(
                 abs(lead), "ahead of" if lead >= 0 else "behind", name))
 
-    numbers |= print_heads(trained["HydraLoRA"], test, plain)
-    numbers |= print_merged(trained["HydraLoRA"][STEPS], batches, test)
+    numbers |= print_heads(trained, test, plain)
+    numbers |= print_merged(trained[STEPS], batches, test)
     everything = Data(*map(torch.cat, zip(*batches)))
     return rows, numbers | print_apart(frozen, everything, options, seed)
 
