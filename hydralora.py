@@ -37,7 +37,7 @@ __version__ = "0.14.0"
 
 
 # ---- The layer ----
-# MIT License, (c) 2026 the "HydraLoRA in one file" authors. A copy needs
+# MIT License, (c) 2026 the "HydraLoRA in one file" authors. To copy this section, also
 # import copy, math, torch, torch.nn.functional as F; from torch import nn
 # Freeze the model, then wrap. A module that reads base's weight, instead of calling the
 # layer, bypasses the update: nn.MultiheadAttention, nn.TransformerEncoderLayer, Mamba.
@@ -134,7 +134,8 @@ class HydraLoRALinear(nn.Module):
         """
         base = self.base
         plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter
-        if not plain or "forward" in vars(base):  # accelerate sets a forward of its own
+        hooked = "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks
+        if not plain or hooked:  # accelerate sets a forward
             raise TypeError("base must be a plain nn.Linear, not quantised or hooked")
         A, B = self.to_lora(gates)
         merged = copy.deepcopy(base)
@@ -149,17 +150,18 @@ class HydraLoRALinear(nn.Module):
 # domain (a topic or task) and a part for the word, so is the update, which then cannot
 # treat a word differently in two domains. Nor can HydraLoRA with one w for all tokens,
 # because Eq. 3 is then a LoRA with B = sum_i w_i B_i. A router makes w depend on x, so
-# tokens of different domains get different matrices. Next to a non-linearity, which can
-# combine the two parts itself, a LoRA may be enough: in train_toy.py, it is on up_proj
-# and down_proj.
+# tokens of different domains get different matrices. Right beside a non-linearity, which
+# can combine the two parts itself, a LoRA may be enough, as on up_proj and down_proj in
+# train_toy.py.
 #
 # Why is A shared, and not B?
 # In the paper, LoRAs of different tasks have A's that "tend to converge" and B's that
 # are "distinguishable" (Observation II). This alone does not show that tasks can share an
-# A. A's with a common start are alike until they have moved far from it. B's are not,
-# because they start at 0. What speaks for one A is size: N LoRAs have N r (k + d)
+# A. A's with a common start are alike until they have moved far from it, but a B starts
+# at 0, so all of it was learnt. What speaks for one A is size: N LoRAs have N r (k + d)
 # parameters, but one A with N heads has r (k + N d). One B would save as much if k = d,
-# but then the heads could write to only r dimensions of y, and not to N r.
+# but then the heads could write to only r dimensions of y, and not to N r. In
+# train_toy.py, one A is better by a point.
 #
 # Why do the heads differ?
 # For one token, let g = dL/dy, let l = Wg^T x be the logits, so that w = softmax(l),
@@ -175,20 +177,19 @@ class HydraLoRALinear(nn.Module):
 # Later, a token raises the logits of heads that lower its loss more than the mixture,
 # and then counts more in their gradients. So a small preference grows.
 #
-# Why do the heads divide the domains, or something else?
-# If a word needs different answers in two domains, no single head suits both, so no
-# head takes all tokens. A step of SGD on a token x changes the logits of x' by
+# Why do the heads divide the tokens, and by what?
+# If a word needs different answers in two domains, no single head suits both, so it pays
+# to divide the domains. A step of SGD on a token x changes the logits of x' by
 # -lr (x . x') dL/dl, so similar tokens come to prefer the same head. What the heads have
-# in common cancels in dL/dl, so only their differences turn the router. Summed over
-# tokens, the router tends to turn first to what varies most in x. In train_toy.py, this
-# is the domain on o_proj and the word on q_proj, and the heads follow it. Not so on
-# v_proj: there, the word varies more, but the heads rather follow the domain.
+# in common cancels in dL/dl, so only their differences turn the router. The router tends
+# to turn first to what varies most in x, if the loss depends on it. In train_toy.py, this
+# is the domain on o_proj and the word on q_proj, and the heads follow it. On v_proj, the
+# word varies more, but the heads rather follow the domain.
 #
 # What does AdamW change?
-# If w_i is nearly 0 for all tokens, SGD leaves B_i and row i of router.weight as they
-# are, because their gradients have the factor w_i. AdamW divides each gradient by its
-# usual size, so both still move while their gradients exceed eps, and the head can come
-# back if it would lower the loss.
+# AdamW divides each gradient by its usual size, so w_i decides from which tokens a head
+# learns, but not how fast. With SGD, a head whose gates are nearly 0 stays as it is, but
+# with AdamW, it moves while its gradients exceed eps, and can come back.
 
 
 # ---- Choices ----
@@ -286,7 +287,7 @@ class TinyBlock(nn.Module):
         self.down_proj = nn.Linear(inner, width)
 
     def attention(self, h):
-        """The input x of o_proj: h (b, t, width) -> (b, t, width)."""
+        """Causal attention without o_proj: h (b, t, width) -> (b, t, width)."""
         x = self.attention_norm(h)
         # q, k, v: (b, attention heads, t, head width)
         q, k, v = (proj(x).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
@@ -334,7 +335,7 @@ def hydralora_layers(model):
 
 
 def _replace(model, new):
-    """Replace the modules that are keys of new, wherever they are; return the model."""
+    """Replace the modules that are keys of new; return the model."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in new:
@@ -345,8 +346,8 @@ def _replace(model, new):
 def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
     """Wrap the nn.Linear layers that match, freeze the rest, and return the model.
 
-    target_modules: one or more names, or their last parts, such as "q_proj" [6]. A second
-    call adapts more layers.
+    target_modules: one or more names, or their last parts, such as "q_proj" [6]. If one is
+    refused, nothing changes. A second call adapts other layers.
     """
     bases = {}
     for target in [target_modules] if isinstance(target_modules, str) else target_modules:
@@ -371,7 +372,7 @@ def _watch_gates(model, f):
     """Context manager: f(name, w) is called with each router's gates w (..., n)."""
     layers = hydralora_layers(model)
     if len({layer.router for layer in layers.values()}) < len(layers):
-        raise ValueError("layers share a router: hooks cannot tell them apart")
+        raise ValueError("layers share a router")
     hooks = [layer.router.register_forward_hook(
                  lambda router, x, w, name=name: f(name, w.detach()))
              for name, layer in layers.items()]
@@ -386,7 +387,7 @@ def _watch_gates(model, f):
 def record_gates(model):
     """Context manager: a dict name -> w (..., n) of the last forward, detached.
 
-    A model that was compiled and called before ignores new hooks, so the dict stays empty.
+    A model that was compiled and called before ignores new hooks: the dict stays empty.
     """
     gates = {}
     with _watch_gates(model, gates.__setitem__):
@@ -395,7 +396,7 @@ def record_gates(model):
 
 @torch.no_grad()
 def mean_gates(model, batches):
-    """The mean w over all tokens of the batches: dict name -> (n,).
+    """The mean w over all tokens (if w is (b, 1, n): sequences): dict name -> (n,).
 
     batches: the model's inputs, tensors or dicts of keyword arguments, without padding.
     """
@@ -410,14 +411,17 @@ def mean_gates(model, batches):
 
     with _watch_gates(model, add):
         for batch in batches:
+            before = sum(count.values())
             if isinstance(batch, torch.Tensor):
                 model(batch)
-                continue
-            for key in ("attention_mask", "decoder_attention_mask"):
-                mask = batch.get(key)
-                if mask is not None and not mask.all():
-                    raise ValueError(f"{key} has zeros: use batches without padding")
-            model(**batch)
+            else:
+                for key in ("attention_mask", "decoder_attention_mask"):
+                    mask = batch.get(key)
+                    if mask is not None and not mask.all():
+                        raise ValueError(f"{key} has zeros: use batches without padding")
+                model(**batch)
+            if sum(count.values()) == before:
+                raise ValueError("a batch has no token, or the model is compiled")
     for name in hydralora_layers(model):
         if not count[name]:
             raise ValueError(f"{name} got no token")
@@ -430,6 +434,7 @@ def merge_hydralora(model, gates):
     gates: a dict name -> (n,), as from mean_gates. Compare the model before and after:
     one w for all tokens can ruin it.
     """
+    hydralora_state_dict(model)  # refuses what is sharded
     return _replace(model, {layer: layer.merge(gates[name])
                             for name, layer in hydralora_layers(model).items()})
 
@@ -444,7 +449,7 @@ def hydralora_state_dict(model):
              for name, layer in hydralora_layers(model).items()
              for key, t in layer.state_dict().items() if not key.startswith("base.")}
     for key, t in state.items():
-        flat = key.endswith(("lora_A", "lora_B")) and t.dim() < 2
+        flat = key.endswith(("lora_A", "lora_B", "flat_param")) and t.dim() < 2
         if flat or t.is_meta or type(t) is not torch.Tensor:
             raise ValueError(f"{key} is sharded or offloaded: first gather the parameters")
     return state
