@@ -37,8 +37,8 @@ A failure names its case and mode, as in Case(dtypes='bf16'), torch.no_grad. To 
     from test_hydralora import *
     check(Call(IMPLEMENTATION, Case(dtypes='bf16'), torch.no_grad))
 
-If the process crashes, -v shows the last test, and compute-sanitizer finds the cause. No
-test runs torch.compile: for custom ops, use torch.library.opcheck, too.
+If the process crashes, -v shows the last test. No test runs torch.compile: for custom
+ops, use torch.library.opcheck, too.
 
 To use the oracle, stop here. The sections that follow go from the definition, which says
 what is correct, over the cases and one call to the tests, the message of a failure, and
@@ -67,7 +67,6 @@ import functools
 import gc
 import io
 import itertools
-import json
 import math
 import os
 import pkgutil
@@ -133,7 +132,7 @@ class Case:
     n: int = 4
     bias: bool = True
     scaling: float = 1.75
-    factors: dict = field(default_factory=dict, compare=False)  # name -> multiplies this tensor
+    factors: dict = field(default_factory=dict, hash=False)  # name -> multiplies this tensor
     layout: str = ""  # a row of LAYOUTS
     frozen: tuple = ()  # what does not require grad
     filled: bool = False  # PyTorch fills new memory with nan
@@ -190,7 +189,8 @@ CASES = {  # how each case differs from Case()
     "part-tiles": dict(lead=(2, 40), k=192, d=32, r=32, n=6, bias=False),
     "odd-sizes": dict(lead=(2, 1, 3, 17), k=73, d=150, r=13, n=11, scaling=-0.4,
                       layout="swapped"),
-    "one-token": dict(lead=(), r=40, n=20, scaling=2.0**-10),
+    # seed 7: on these data, "softmax in 16 bits" needs three draws
+    "one-token": dict(lead=(), r=40, n=20, scaling=2.0**-10, seed=7),
     "empty-batch": ALIGNED | dict(lead=(0, 5)),
     "one-head": dict(k=64, r=16, n=1),  # a LoRA
     "zero-heads": dict(lead=(2, 3, 10), k=3, d=64, bias=False, factors=dict(B=0)),
@@ -222,12 +222,11 @@ GENERAL = ("plain", "square")  # for the tests that call a kernel several times
 
 
 def cases_of(name):
-    """Returns this case in all dtypes or, if it is slow, in three. New memory is filled in
-    every second case of a name and of a dtype, since a kernel may be wrong in either mode."""
-    rows = CASES | LARGE | OWN
+    """Returns this case in all dtypes or, if it may be slow, in three. New memory is filled
+    in every second one, from the first or the second on, by the length of the name."""
     dtypes = DTYPES if name in CASES else ("fp32", "bf16", "mixed-bf16")
-    return [Case(name, each, **rows[name], filled=i % 2 == 1)
-            for i, each in enumerate(dtypes, [*rows].index(name))]
+    return [Case(name, each, **(CASES | LARGE | OWN)[name], filled=i % 2 == 0)
+            for i, each in enumerate(dtypes, len(name))]
 
 
 def make(case):
@@ -303,7 +302,7 @@ def reference(tensors, case):
 
         the least tolerance + 4 * the definition's largest error, in the kernel's dtypes
 
-    In 16 bits, the largest errors of small tensors vary: there, three draws are taken."""
+    In 16 bits, this error varies: it is the largest in three draws, unless these take long."""
     key = hash((case.dtypes, case.scaling, *(
         (name, t.shape, as_float64(t).numpy().tobytes()) for name, t in tensors.items())))
     if key not in REFERENCES:
@@ -756,9 +755,10 @@ def mutant(**changed):
         (v.n, v.d, v.r), v.k = v.B.shape, v.x.shape[-1]
         v.tokens = v.x.shape[-2] if v.x.dim() > 1 else 0
         for name in (*names, *STEPS):
-            for step in (STEPS.get(name), changed.get(name)):
-                if step:
-                    setattr(v, name, step(v))
+            if name in STEPS:
+                setattr(v, name, STEPS[name](v))
+            if name in changed:
+                setattr(v, name, changed[name](v))
             hook = changed.get("d" + name)
             if hook and torch.is_grad_enabled() and getattr(v, name).requires_grad:
                 t = getattr(v, name).clone()
@@ -786,11 +786,6 @@ def first(t, size, dim=-1):
     """Returns t, zero from index `size` of this axis on."""
     t, rest = t.tensor_split([size], dim)
     return torch.cat([t, 0 * rest], dim)
-
-
-def chunks(v, size):
-    parts = [unchanged(part, *v.inputs[1:]) for part in v.x.reshape(-1, v.k).split(size)]
-    return torch.cat(parts).view(v.y.shape)
 
 
 def kept(v, t, key, copy=torch.clone):
@@ -854,13 +849,15 @@ WRONG = [
         ("many-wide-inputs", lambda v: v.tokens >= 1024 <= v.k),
         ("many-wide-outputs", lambda v: v.tokens >= 1024 <= v.d)]),
     mistake("y is wrong in 5 of", "sequence", delta=lambda v: first(v.delta, 65535, -2)),
-    mistake("W0.grad is wrong", "sequence", "bf16", y=lambda v: chunks(v, 64)),
+    mistake("W0.grad is wrong", "sequence", "bf16", y=lambda v: torch.cat(
+        [unchanged(chunk, *v.inputs[1:]) for chunk in v.x.split(64, -2)], -2)),
     mistake("Wg.grad is 0.571 times the correct one; the scaling is 1.75",
             dWg=lambda v, g: g / v.s),
     mistake("y is wrong", "square", s=lambda v: (  # if new memory is not filled
         v.s if torch.are_deterministic_algorithms_enabled() else 1.0)),
     mistake("grad_y read as contiguous", "gaps",  # and rounded otherwise
             dy=lambda v, g: as_contiguous(g) * (1 + 1e-5)),
+    mistake("wrong dtype", dtypes="autocast-fp16", y=lambda v: v.y.bfloat16()),
     mistake("TF32", y=also(lambda v: v.y.data.mul_(1 + 1e-3))),
     mistake("and after each input: was",
             A=lambda v: v.A + 0 * v.A.detach().as_strided([1], [1], v.A.numel())),
@@ -908,10 +905,13 @@ WRONG = [
 @pytest.mark.usefixtures("implementation")
 @parametrize("row", WRONG, ids=lambda row: f"{row.caught_by}: {row.message}")
 def test_mistake_is_caught(row):
-    if row.caught_by != "plain":
-        run_check("plain", mutant(**row.steps), row.dtypes)  # "plain" must not catch it
     with pytest.raises(AssertionError, match=re.escape(row.message)):
         run_check(row.caught_by, mutant(**row.steps), row.dtypes)
+    if row.caught_by != "plain":
+        try:
+            run_check("plain", mutant(**row.steps), row.dtypes)
+        except AssertionError:
+            pytest.fail(f'"plain" catches it, too: the row does not show what {row.caught_by} adds')
 
 
 def test_each_case_and_test_has_a_mistake():
@@ -925,6 +925,8 @@ CORRECT = {  # and the dtypes in which it is tested
         "fp32", lambda *inputs: hydralora_layer(*inputs, device=DEVICE)),
     "a view on which y += 1 raises an error": (
         "bf16", mutant(y=lambda v: v.y[None].unbind()[0])),
+    "softmax in 16 bits": ("fp16", mutant(w=lambda v: F.normalize(
+        (v.logits - v.logits.amax(-1, keepdim=True)).exp(), p=1, dim=-1))),
     "strided output": (
         "fp16", mutant(base=lambda v: v.base.mT.contiguous().mT if v.tokens else v.base)),
     "adapter cast to the dtype of x": ("mixed-bf16", mutant(y=lambda v: unchanged(
@@ -1378,7 +1380,7 @@ def toy_output(toy, options="", **settings):
 
 
 def agree(said, found):
-    """Whether two words are equal, or two numbers with decimals are up to another CPU's rounding."""
+    """Whether two words are equal, or two decimal numbers up to another CPU's rounding."""
     said, found = said.rstrip("%"), found.rstrip("%")
     decimals = len(said.partition(".")[2])
     if decimals and re.fullmatch(r"[\d.]+ [\d.]+", f"{said} {found}"):
@@ -1391,6 +1393,7 @@ PINNED = {  # options -> the numbers with decimals or a comma of each printed li
 13.3
 7.8
 3.2
+0.58
 8.0 0.02 0.00
 13.0 0.42 0.05
 14.6 0.68 0.07
@@ -1415,10 +1418,11 @@ PINNED = {  # options -> the numbers with decimals or a comma of each printed li
 0.76 0.17
 0.54 0.32
 0.11 0.11""",
-    "--all --seed 3 --heads 4 --rank 5 --lr 0.05 --target v_proj down_proj": """
+    "--seed 3 --heads 4 --rank 5 --lr 0.05 --target v_proj down_proj": """
 15.2
 8.3
 3.2
+0.68
 8.3 0.01 0.02 0.00 0.00
 8.3 0.01 0.03 0.01 0.00
 13.4 0.16 0.27 0.73 0.09
@@ -1436,10 +1440,6 @@ PINNED = {  # options -> the numbers with decimals or a comma of each printed li
 5,824 13.6
 5,824 13.2
 4,864 13.2
-28,672 13.8
-5,504 14.4
-3,840 13.5
-4,160 13.8
 6,720 12.4
 0.17 0.52
 0.30 0.65
@@ -1479,12 +1479,11 @@ REAL = """
 On new ciphers, 17.8% of the old answers are right.
 The curve bends most at 3. Using 3 heads.
 20 10.9 0.93 0.13
-400 96.4 0.98 0.12
-merged once 33.4
-merged for each domain 96.6
-HydraLoRA 2,496 96.4
+400 96.6 0.98 0.12
+merged for each domain 96.7
+HydraLoRA 2,496 96.6
 LoRA 2,560 78.7
-LoRA with a ReLU 2,560 92.4
+LoRA with a ReLU 2,560 93.0
 LoRA-Split 2,688 96.4
 two domains, one start, after 20 steps 0.79 0.10
 two domains, one start, after 400 steps 0.41 0.42"""
@@ -1541,6 +1540,14 @@ def test_toy_prints_means(toy):
     assert output.split()[4:] == ["LoRA", "(%)", "55.00", "7.07", "50.00", "60.00"]
 
 
+@parametrize("options", [
+    "--heads 0", "--lr 0", "--seeds 0", "--target proj", "--target o_proj o_proj"])
+def test_toy_refuses(options, toy, capsys):
+    with pytest.raises(SystemExit):
+        toy_output(toy, options)
+    assert re.search(f"error: .*{options.split()[0]}.*\n$", capsys.readouterr().err)
+
+
 # ---- README ----
 @pytest.fixture
 def readme():
@@ -1562,11 +1569,9 @@ def test_readme_prints_what_it_says(capsys, readme, example):
     assert capsys.readouterr().out.splitlines() == said
 
 
-def test_readme_export_is_loaded_by_peft(example, tmp_path):
+def test_readme_folder_is_loaded_by_peft(example, tmp_path):
     peft = pytest.importorskip("peft")
-    torch.save(example.state, tmp_path / "adapter_model.bin")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(example.config))
-    loaded = peft.PeftModel.from_pretrained(example.base_model(), tmp_path)
+    loaded = peft.PeftModel.from_pretrained(example.base_model(), tmp_path / "peft_adapter")
     close(loaded(IDS), example.merged(IDS), rtol=0, atol=1e-5)
 
 
