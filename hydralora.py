@@ -133,9 +133,9 @@ class HydraLoRALinear(nn.Module):
         s sum_i (gates_i - w_i) B_i A x.
         """
         base = self.base
-        plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter
-        hooked = "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks
-        if not plain or hooked:  # accelerate sets a forward
+        hooked = base._forward_hooks or base._forward_pre_hooks
+        replaced = base.forward != nn.Linear.forward.__get__(base)  # as accelerate does
+        if hooked or replaced or type(base.weight) is not nn.Parameter:
             raise TypeError("base must be a plain nn.Linear, not quantised or hooked")
         A, B = self.to_lora(gates)
         merged = copy.deepcopy(base)

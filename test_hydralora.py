@@ -58,7 +58,7 @@ kernel (see mutant):
 
     mistake("y is wrong", "negative_scaling", s=lambda v: abs(v.s)),
 
-If many kernels may make this mistake, put it in KNOWN, with a message that names it.
+If many kernels may make it, put it in KNOWN, with a message that names it.
 """
 import collections
 import contextlib
@@ -206,14 +206,14 @@ for layout in LAYOUTS:
 LARGE = {
     "large-magnitude": dict(k=64, d=48, r=8, n=3, factors=dict(  # too large for float16
         x=2.0**17, grad_y=2.0**-50, W0=2.0**-17, Wg=2.0**-17)),
-    "many-heads": dict(n=260),
+    "many-heads": dict(lead=(2, 70), n=260),
     "tiles": dict(lead=(1, 128), k=128, d=256, r=32, n=32),
     "past-tiles": dict(lead=(2, 65), k=577, d=131, r=33, n=35),
     # more blocks than a CUDA grid's y axis can have
-    "sequence": dict(lead=(1, 65540), k=16, d=16, r=16, n=2, bias=False),
+    "sequence": dict(lead=(1, 65540), k=16, d=16, r=16, n=2),
     # sizes of a 7B model, as far as a CPU can take them. 11056 is 16 times a prime
     "long-input": dict(lead=(1, 1), k=11056, d=16, r=32, n=8),
-    "long-output": dict(lead=(1, 1), k=48, d=11056, r=16, n=8, bias=False),
+    "long-output": dict(lead=(1, 1), k=48, d=11056, r=16, n=8),
     "wide-square": ALIGNED | dict(lead=(1, 3), k=2048, d=2048, r=144, n=3),
     "many-wide-inputs": ALIGNED | dict(lead=(1, 1040), k=2048, n=3),
     "many-wide-outputs": ALIGNED | dict(lead=(1, 1040), d=2048, n=3),
@@ -536,7 +536,7 @@ def test_oracle_calls_in_a_row(implementation, mode, case):
     for change in times * [
             {}, {}, dict(scaling=0.0), dict(scaling=-1.75), dict(lead=(2, 1)), dict(seed=1),
             dict(lead=(2, 70)), dict(lead=(2, 0)), dict(lead=(2, 1), seed=1), dict(r=32),
-            dict(bias=not case.bias), dict(n=20), {}, dict(layout="swapped"), {}]:
+            dict(bias=False), dict(n=20), {}, dict(layout="swapped"), {}]:
         now = replace(case, **change)
         inputs = make(now)
         for name in now.inputs:
@@ -724,7 +724,7 @@ def cause(call, found, errors, wrong):
         return f"matches a known mistake: {' or '.join(known)}"
     if found[wrong[0]].isnan().any():
         return ("nan is in new memory and after each input" if call.case.filled else
-                "nan is after each input") + ": was torch.empty read, or past an end?"
+                "nan is after each input") + ": was torch.empty read, or past an end? Or 0 / 0?"
     if call.case.dtypes == "fp32" and max(map(largest, errors.values())) < 3e-3:
         return "Errors of this size are those of products in TF32 or bfloat16."
     return ""
@@ -849,7 +849,7 @@ WRONG = [
         ("many-wide-inputs", lambda v: v.tokens >= 1024 <= v.k),
         ("many-wide-outputs", lambda v: v.tokens >= 1024 <= v.d)]),
     mistake("y is wrong in 5 of", "sequence", delta=lambda v: first(v.delta, 65535, -2)),
-    mistake("W0.grad is wrong", "sequence", "bf16", y=lambda v: torch.cat(
+    mistake("bias.grad is wrong", "sequence", "bf16", y=lambda v: torch.cat(
         [unchanged(chunk, *v.inputs[1:]) for chunk in v.x.split(64, -2)], -2)),
     mistake("Wg.grad is 0.571 times the correct one; the scaling is 1.75",
             dWg=lambda v, g: g / v.s),
@@ -857,13 +857,14 @@ WRONG = [
         v.s if torch.are_deterministic_algorithms_enabled() else 1.0)),
     mistake("grad_y read as contiguous", "gaps",  # and rounded otherwise
             dy=lambda v, g: as_contiguous(g) * (1 + 1e-5)),
+    mistake("the call raised RuntimeError", dtypes="mixed-bf16", h=lambda v: v.x),
     mistake("wrong dtype", dtypes="autocast-fp16", y=lambda v: v.y.bfloat16()),
-    mistake("TF32", y=also(lambda v: v.y.data.mul_(1 + 1e-3))),
+    mistake("TF32", y=also(lambda v: v.y.data[..., -1].mul_(1 + 1.3e-4))),  # in one column
     mistake("and after each input: was",
             A=lambda v: v.A + 0 * v.A.detach().as_strided([1], [1], v.A.numel())),
     mistake("y is wrong", "many-heads", w=lambda v: first(v.w, 128)),
     mistake("A.grad is wrong", "empty-batch", dA=lambda v, g: g + (v.y.numel() == 0)),
-    mistake("Case(name='one-token'", "one-token", y=lambda v: v.y if v.tokens else v.y[None]),
+    mistake("wrong shape", "one-token", y=lambda v: v.y if v.tokens else v.y[None]),
     mistake("the call changed float32's precision",
             y=also(lambda v: torch.set_float32_matmul_precision("high"))),
     mistake("the call changed Wg.requires_grad", "gradients_of_each_subset",
@@ -879,11 +880,10 @@ WRONG = [
             y=also(lambda v: v.memory.setdefault(v.y.shape, v.y).data.copy_(v.y))),
     mistake("lead=(2, 70): y is wrong", "calls_in_a_row", delta=lambda v: first(
         v.delta, v.memory.setdefault((v.k, v.d, v.r, v.n), -(-v.tokens // 64) * 64), -2)),
-    mistake("B.grad is zero", "calls_in_a_row", delta=lambda v: v.memory.update(last=v) or v.delta,
-            ddelta=lambda v, g: g * (v.memory["last"] is v)),
-    mistake("B.grad is zero", "calls_in_a_row",
-            delta=lambda v: v.memory.setdefault("all", []).append(v) or v.delta,
-            ddelta=lambda v, g: g * any(call is v for call in v.memory["all"][-64:])),
+    *(mistake("B.grad is zero", "calls_in_a_row", ddelta=ddelta, delta=lambda v: (
+              v.delta.requires_grad and v.memory.setdefault("calls", []).append(v)) or v.delta)
+      for ddelta in [lambda v, g: g * (v.memory["calls"].pop(0) is v),
+                     lambda v, g: g * any(call is v for call in v.memory["calls"][-64:])]),
     mistake("after the test changed A (in place)", "changed_tensors",
             A=lambda v: kept(v, v.A, (v.A.data_ptr(), v.A[0, 0].item(), v.A.requires_grad))),
     mistake("after the test changed A (moved)", "changed_tensors",
@@ -1047,12 +1047,12 @@ def test_defaults():
 
 @each_dtype
 def test_dtypes(dtype):
-    layer, x = make_layer(dtype=dtype), torch.ones(2, K, dtype=dtype)
+    layer, x = make_layer(dtype=dtype), torch.ones(3, K, dtype=dtype)
     adapter = torch.promote_types(dtype, f32)
     assert layer.lora_A.dtype == layer.lora_B.dtype == layer.router.weight.dtype == adapter
     assert layer(x).dtype == dtype and layer.to(dtype)(x).dtype == dtype
     assert {(t.dtype, t.requires_grad) for t in layer.to_lora(GATES)} == {(adapter, False)}
-    assert mean_gates(layer.eval(), [x])[""].dtype == adapter
+    close(mean_gates(layer.eval(), [x])[""], layer.router(x)[0].detach().to(adapter))
     with torch.autocast("cpu", dtype=bf16):
         assert layer(x).dtype == layer.base(x).dtype
 
@@ -1111,7 +1111,9 @@ def test_variant_is_saved_recorded_and_merged(variant):
     layer, other, x = make_layer(layer=variant), make_layer(layer=variant), randn(1, K)
     for p in (other.lora_A, other.lora_B):
         nn.init.zeros_(p)
-    load_hydralora_state_dict(other, hydralora_state_dict(layer))
+    assert hydralora_state_dict(layer).keys() >= trained_names(layer)
+    assert load_hydralora_state_dict(other, hydralora_state_dict(layer)) is other
+    assert other.lora_B is p  # copied
     with record_gates(layer) as gates:
         y = layer(x)
     y.sum().backward()
@@ -1144,7 +1146,7 @@ def test_injection_changes_no_output_and_no_mode():
     model, built = plain_model(), []
     model.layers[0].eval()
     logits = model(IDS)
-    targets = ["0.q_proj", "layers.1.down_proj", "layers.0.q_proj"]  # of two layers
+    targets = ["0.q_proj", "layers.1.down_proj", "layers.0.q_proj"]
 
     def layer(base, **arguments):
         built.append(TopTwoLayer(base, **arguments))
@@ -1195,6 +1197,7 @@ def test_sse_by_hand():
         n, sse = num_heads_from_corpus(documents, max_heads=3)
         assert n == 2
         np.testing.assert_allclose(sse, [1.659844, 0.069862, 0.034931], atol=1e-5)
+    assert num_heads_from_corpus(["a b", "c d", "e f"] * 5 + [9 * "a b " + "z"])[0] == 3
     n, sse = num_heads_from_corpus(["a b", "c d", "e f"] * 5)
     assert n == 3
     np.testing.assert_allclose(sse, [10, 5] + 8 * [0], atol=1e-5)
@@ -1230,7 +1233,7 @@ def test_merge_rounds_once_and_shares_nothing(dtype):
     A, B = layer.to_lora(GATES.double())
     W = (layer.weight.to(A.dtype) + B @ A).to(dtype)
     with torch.autocast("cpu", dtype=bf16):
-        merged = layer.merge(GATES)
+        merged = layer.merge(GATES.tolist())
     assert torch.equal(merged.weight, W) and torch.equal(merged.bias, layer.bias)
     assert type(merged) is nn.Linear and not merged.training
     for t in (*merged.parameters(), A, B):
@@ -1239,14 +1242,14 @@ def test_merge_rounds_once_and_shares_nothing(dtype):
 
 
 def test_recorded_gates_are_those_of_the_last_forward():
-    model = adapted_model("0.q_proj")
+    model = adapted_model()
     with record_gates(model) as gates:
         model(IDS[:1])
         model(IDS)
     layer, w = model.layers[0].q_proj, gates.pop("layers.0.q_proj")
     x = model.layers[0].attention_norm(model.embed(IDS))
     close(w, (x @ layer.router.weight.T).softmax(-1).detach())
-    assert not gates and not w.requires_grad and not layer.router._forward_hooks
+    assert len(gates) == 3 and not w.requires_grad and not layer.router._forward_hooks
     layer.router.register_forward_hook(lambda router, x, w: w[..., :1])  # not n gates
     with pytest.raises(RuntimeError):
         model(IDS)
@@ -1266,6 +1269,9 @@ def test_mean_gates_are_those_of_all_calls():
     with pytest.raises(RuntimeError):
         mean_gates(model, [x.mT])
     assert not layer.router._forward_hooks
+    layer.train()
+    with pytest.raises(ValueError, match="eval"):
+        mean_gates(model, [x])
 
 
 # ---- Bad input ----
@@ -1285,12 +1291,6 @@ def set_forward(base):  # as accelerate does
     base.forward = nn.Linear(K, D).forward
 
 
-def shared_router():
-    model = adapted_model()
-    model.layers[0].q_proj.router = model.layers[1].q_proj.router
-    return model
-
-
 class Subclass(torch.Tensor):
     pass
 
@@ -1304,21 +1304,20 @@ def set_weight(base):  # as quantisers do
     ("head", lambda: make_layer(num_heads=0)),
     (r"4 numbers, got \[4, 1\]", lambda: make_layer().to_lora(GATES[:, None])),
     ("Own overrides forward", lambda: make_layer(
-        layer=type("Own", (HydraLoRALinear,), dict(forward=print))).merge(GATES)),
+        layer=type("Own", (HydraLoRALinear,), dict(forward=print))).to_lora(GATES)),
     *(("plain nn.Linear", lambda change=change: merged_after(change)) for change in (
         set_forward, set_weight, nn.utils.parametrizations.spectral_norm,
         lambda base: base.register_forward_hook(print))),
     ("no HydraLoRA layer", lambda: hydralora_state_dict(plain_model())),
-    ("eval", lambda: mean_gates(adapted_model(), [IDS])),
-    ("layers share a router", lambda: mean_gates(shared_router().eval(), [IDS])),
+    ("layers share a router", lambda: mean_gates(
+        nn.Sequential(layer := make_layer(), copy.copy(layer)).eval(), [])),
     *((f"^{mask} has zeros", lambda mask=mask: mean_gates(
         adapted_model().eval(), [collections.UserDict({mask: torch.ones(2, 2).triu()})]))
       for mask in ("attention_mask", "decoder_attention_mask")),
     ("q_proj got no token", lambda: mean_gates(adapted_model().eval(), [])),
     ("a batch has no token", lambda: mean_gates(make_layer().eval(), [randn(0, K)])),
-    ("A is sharded or", lambda: hydralora_state_dict(
-        inject_hydralora(plain_model().to("meta"), "q_proj"))),
-    ("A is sharded or", lambda: hydralora_state_dict(layer_with("lora_A", torch.ones(9)))),
+    *((f"{name} is sharded or", lambda name=name: hydralora_state_dict(
+        layer_with(name, torch.ones(9)))) for name in ("lora_A", "lora_B")),
     ("B is sharded or", lambda: hydralora_state_dict(
         layer_with("lora_B", torch.ones(9, 9).as_subclass(Subclass)))),
     *(("A is sharded or", lambda use=use: use(adapted_model().to("meta"), {}))
@@ -1338,7 +1337,7 @@ def test_bad_call_is_refused(word, call):
     (plain_model(), "proj", "named 'proj'"),
     (adapted_model(), ["o_proj", "q_proj"], "named 'q_proj'"),
     (nn.TransformerEncoderLayer(8, 2), "linear1", "TransformerEncoderLayer may bypass"),
-    (nn.MultiheadAttention(8, 2), "out_proj", "MultiheadAttention may bypass")])
+    (type("Own", (nn.MultiheadAttention,), {})(8, 2), "out_proj", "Own may bypass")])
 def test_refused_injection_changes_nothing(model, target_modules, word):
     modules, trained = [*model.modules()], trained_names(model)
     with pytest.raises(ValueError, match=word):
@@ -1351,7 +1350,7 @@ def test_refused_loading_and_merging_change_nothing():
     logits, state = model(IDS), hydralora_state_dict(model)
     doubled, (*_, last) = {key: 2 * t for key, t in state.items()}, state
     for bad, key in (({}, "layers.0.q_proj.lora_A"), (doubled | {"more": IDS}, "more"),
-                     (doubled | {last: IDS}, last)):
+                     (doubled | {last: state[last].T}, last)):
         with pytest.raises(ValueError, match=f"first in '{key}'"):
             load_hydralora_state_dict(model, bad)
     with pytest.raises(KeyError, match="layers.1.v_proj"):
