@@ -157,8 +157,8 @@ class HydraLoRALinear(nn.Module):
 # Why is A shared, and not B?
 # In the paper, LoRAs of different tasks have A's that "tend to converge" and B's that
 # are "distinguishable" (Observation II). This alone does not show that tasks can share an
-# A. A's with a common start are alike until they have moved far from it, but a B starts
-# at 0, so all of it was learnt. What speaks for one A is size: N LoRAs have N r (k + d)
+# A. A's with a common start stay alike until they have moved far from it, but B's do not,
+# because they start at 0. What speaks for one A is size: N LoRAs have N r (k + d)
 # parameters, but one A with N heads has r (k + N d). One B would save as much if k = d,
 # but then the heads could write to only r dimensions of y, and not to N r. In
 # train_toy.py, one A is better by a point.
@@ -183,8 +183,8 @@ class HydraLoRALinear(nn.Module):
 # -lr (x . x') dL/dl, so similar tokens come to prefer the same head. What the heads have
 # in common cancels in dL/dl, so only their differences turn the router. The router tends
 # to turn first to what varies most in x, if the loss depends on it. In train_toy.py, this
-# is the domain on o_proj and the word on q_proj, and the heads follow it. On v_proj, the
-# word varies more, but the heads rather follow the domain.
+# is the domain on o_proj and the symbol on q_proj, and the heads follow it. On v_proj,
+# the symbol varies more, but the heads rather follow the domain.
 #
 # What does AdamW change?
 # AdamW divides each gradient by its usual size, so w_i decides from which tokens a head

@@ -40,9 +40,9 @@ A failure names its case and mode, as in Case(dtypes='bf16'), torch.no_grad. To 
 If the process crashes, -v shows the last test. No test runs torch.compile: for custom
 ops, use torch.library.opcheck, too.
 
-To use the oracle, stop here. The sections that follow go from the definition, which says
-what is correct, over the cases and one call to the tests, the message of a failure, and
-mistakes that the tests catch.
+To use the oracle, stop here. The next sections are the definition, which says what is
+correct, the cases, one call, the tests, the message of a failure, and mistakes that the
+tests catch.
 From "The layer" on, the tests are about this project alone.
 
 To add a case, add a row to CASES, or to LARGE if it is slow. To add a test, write it
@@ -222,8 +222,8 @@ GENERAL = ("plain", "square")  # for the tests that call a kernel several times
 
 
 def cases_of(name):
-    """Returns this case in all dtypes or, if it may be slow, in three. New memory is filled
-    in every second one, from the first or the second on, by the length of the name."""
+    """Returns this case in all dtypes or, if it may be slow, in three. In every second one,
+    new memory is filled. The length of the name decides whether the first one is."""
     dtypes = DTYPES if name in CASES else ("fp32", "bf16", "mixed-bf16")
     return [Case(name, each, **(CASES | LARGE | OWN)[name], filled=i % 2 == 0)
             for i, each in enumerate(dtypes, len(name))]
@@ -302,7 +302,7 @@ def reference(tensors, case):
 
         the least tolerance + 4 * the definition's largest error, in the kernel's dtypes
 
-    In 16 bits, this error varies: it is the largest in three draws, unless these take long."""
+    In 16 bits, errors vary, so three draws are taken, unless that takes long."""
     key = hash((case.dtypes, case.scaling, *(
         (name, t.shape, as_float64(t).numpy().tobytes()) for name, t in tensors.items())))
     if key not in REFERENCES:
@@ -1455,7 +1455,7 @@ def close_enough(number, pinned):
 
 @parametrize("options", PINNED)
 def test_toy_short_run(options, toy):
-    """A change of any formula, rate, rank, seed or schedule changes a number."""
+    """A change of a formula, rate, rank, seed or schedule changes a number."""
     output = toy_output(toy, options, STEPS=40, TEST=60, WATCHED=(1, 4, 40), EARLY=6)
     lines = [line for line in output.splitlines() if re.search(r"\d[.,]\d", line)]
     found = [re.findall(r"\d[\d,]*[.,]\d+", line) for line in lines]
