@@ -586,9 +586,9 @@ def test_oracle_gradients_of_each_subset(implementation, mode, case):
 def test_oracle_gradients_accumulate(implementation, mode, case):
     """Two calls add up in .grad, and so do two backward passes of one call, or PyTorch
     raises an error (as it does for a compiled kernel)."""
-    for calls, passes in ((2, 1), (1, 2)):
-        inputs, moment = make(case), f"{calls} calls, {passes} backward passes: "
-        made = [Call(implementation, case, mode, inputs, moment) for _ in range(calls)]
+    for what, calls, passes in (("two calls", 2, 1), ("two backward passes", 1, 2)):
+        inputs = make(case)
+        made = [Call(implementation, case, mode, inputs, f"{what}: ") for _ in range(calls)]
         with contextlib.suppress(RuntimeError):
             for _ in range(passes):
                 torch.autograd.backward([call.y for call in made], [call.grad_y for call in made],
@@ -890,7 +890,7 @@ WRONG = [
             A=lambda v: kept(v, v.A, id(v.A), torch.detach)),
     mistake("The same call passes alone", "changed_tensors",
             B=lambda v: kept(v, v.B, (v.B.data_ptr(), v.B.shape))),
-    mistake("1 calls, 2 backward passes: ", "gradients_accumulate",
+    mistake("two backward passes: ", "gradients_accumulate",
             dlogits=lambda v, g: v.w.data.zero_() + g),
     mistake("after the test changed y, the backward: ", "gradients_after_a_change",
             dy=lambda v, g: g * (v.y._version == 0)),
