@@ -159,9 +159,9 @@ class HydraLoRALinear(nn.Module):
 # are "distinguishable" (Observation II). This alone does not show that tasks can share an
 # A. A's with a common start stay alike until they have moved far from it, but B's do not,
 # because they start at 0. What speaks for one A is size: N LoRAs have N r (k + d)
-# parameters, but one A with N heads has r (k + N d). One B would save as much if k = d,
-# but then the heads could write to only r dimensions of y, and not to N r. In
-# train_toy.py, one A is better by a point.
+# parameters, but one A with N heads has r (k + N d). One B would save as much if k = d.
+# It reads N r features of x and writes to r of y, and one A does the reverse. In
+# train_toy.py, one A is a point better.
 #
 # Why do the heads differ?
 # For one token, let g = dL/dy, let l = Wg^T x be the logits, so that w = softmax(l),
@@ -173,7 +173,7 @@ class HydraLoRALinear(nn.Module):
 #     dL/dl_i = w_i (dL/dw_i - sum_j w_j dL/dw_j)    head i, compared with the mixture
 #
 # At the start, all B_i are 0, so the gradients of A and Wg are 0, and those of the
-# heads differ only by w_i. Without the random start of Wg, the heads would stay equal.
+# heads differ only by w_i. Without the random start of Wg, only rounding would part them.
 # Later, a token raises the logits of heads that lower its loss more than the mixture,
 # and then counts more in their gradients. So a small preference grows.
 #
@@ -209,7 +209,7 @@ class HydraLoRALinear(nn.Module):
 #     script adapts gate_proj, up_proj and down_proj.
 # [7] Merging uses one w for all tokens. The paper merges "based on the input" (Sec.
 #     3.2.2), which we read as: for each token.
-# [8] k-means sets only N, as in the official README. The heads start at zero.
+# [8] k-means sets only N, as in the official README.
 
 
 # ---- Choosing N, Appendix B ----
@@ -249,8 +249,8 @@ def num_heads_from_corpus(documents, max_heads=10):
     without padding. Returns N, at least 2, and the SSE of 1, ..., max_heads centres.
 
     At the elbow, "the rate of decrease in SSE slows down". Our N is the n that maximises
-    (SSE_{n-1} - SSE_n) / (SSE_n - SSE_{n+1}). This finds the domains if the documents of a
-    domain share most of their words. For real paragraphs, it is unreliable: in the paper,
+    (SSE_{n-1} - SSE_n) / (SSE_n - SSE_{n+1}). This can find the domains if the documents of
+    a domain share most of their words. For real paragraphs, it is unreliable: in the paper,
     two to four heads did well.
     """
     texts = [d.split() if isinstance(d, str) else [*map(str, d)] for d in documents]
