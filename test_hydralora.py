@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# SPDX-FileCopyrightText: 2026 the "HydraLoRA in one file" authors
 """A correctness oracle for HydraLoRA kernels, then the tests of this project.
 
 A kernel is a function kernel(x, W0, bias, A, B, Wg, scaling) that returns y:
@@ -14,17 +13,18 @@ The tests with "oracle" in their names test a kernel:
     HYDRALORA_IMPL=module:function python -m pytest test_hydralora.py -k oracle -x --tb=short
 
 Without HYDRALORA_IMPL, they test this project's layer. HYDRALORA_DEVICE sets the device,
-by default cuda if available. HYDRALORA_SHAPE=tokens,k,d,r,n adds a case "own" of your
-sizes: 2048,4096,11008,16,3 is the up_proj of a 7B model.
+by default cuda if available. HYDRALORA_SHAPE=tokens,k,d,r,n adds a case of your sizes:
+2048,4096,11008,16,3 is the up_proj of a 7B model.
 
 A kernel must take any strides, any n, and any number of tokens, including none. It may
-draw random numbers. It may return no gradients of W0 and bias, since the base may be
-frozen. A kernel that computes in TF32 fails the fp32 tests, as intended. In 16 bits, the
-tolerance is several times the error of a correct kernel, so that passing in bf16 does not
-prove that a kernel adds in float32.
+return no gradients of W0 and bias, since the base may be frozen. Under autocast, y may
+have autocast's dtype or float32. A kernel that computes in TF32 fails the fp32 tests. In
+16 bits, the tolerance is several times the error of a correct kernel, so passing in bf16
+does not prove that a kernel adds in float32.
 
-The id of a test, such as test_oracle_slow_results[gradients-slow-3d-tiles-aligned-bias-fp32],
-says what the kernel must support. Leave out what yours does not:
+Most cases are drawn at random, always the same ones. The id of a test, such as
+test_oracle_results[17-gradients-3d-aligned-bias-fp32], says what the kernel must support.
+Leave out what yours does not:
 
     -k "oracle and not gradients"       it has no backward
     -k "oracle and 3d and aligned"      x is (batch, tokens, k); 16 divides k, d and r
@@ -32,33 +32,27 @@ says what the kernel must support. Leave out what yours does not:
     -k "oracle and not fp64 and not mixed and not autocast"    one dtype, at most 32 bits
     -k "oracle and not slow and fp32"   for a first verdict, in seconds
 
-A failure names its case and mode, as in Case(dtypes='bf16'), torch.no_grad. To repeat it:
+A failure names the simplest case that fails in the same way, as in
+Case(dtypes='bf16', bias=False). To repeat it:
 
+    from my_module import my_kernel
     from test_hydralora import *
-    check(Call(IMPLEMENTATION, Case(dtypes='bf16'), torch.no_grad))
+    check(Call(my_kernel, Case(dtypes='bf16', bias=False)))
 
-If the process crashes, -v shows the last test. No test runs torch.compile: for custom
-ops, use torch.library.opcheck, too.
+No test runs torch.compile: for custom ops, use torch.library.opcheck, too.
 
-To use the oracle, stop here. The next sections are the definition, which says what is
-correct, the cases, one call, the tests, the message of a failure, and mistakes that the
-tests catch.
-From "The layer" on, the tests are about this project alone.
+To use the oracle, stop here. From "By hand" on, the tests are about this project alone.
 
-To add a case, add a row to CASES, or to LARGE if it is slow. To add a test, write it
-above TESTS:
+To let cases vary in something else, add a field to Case, and choose it at the end of
+random_case, because the choices before it must stay. To add a test, write it above TESTS:
 
-    @each_case("plain")
-    def test_oracle_negative_scaling(implementation, mode, case):
-        check(Call(implementation, replace(case, scaling=-1.0), mode))
+    @each_of(GENERAL)
+    def test_oracle_negative_scaling(implementation, case):
+        check(Call(implementation, replace(case, scaling=-1.0)))
 
-Then add to WRONG a mistake that your case or test catches and "plain" does not: a part of
-the message, the name of the case or test, the dtypes if not fp32, and what is wrong in the
-kernel (see mutant):
+Then add to MISTAKES a line that makes KERNEL wrong in a way that only your test catches:
 
-    mistake("y is wrong", "negative_scaling", s=lambda v: abs(v.s)),
-
-If many kernels may make it, put it in KNOWN, with a message that names it.
+    ("negative_scaling", "scaling = abs(scaling)", "y is wrong"),
 """
 import collections
 import contextlib
@@ -70,6 +64,7 @@ import itertools
 import math
 import os
 import pkgutil
+import random
 import re
 import subprocess
 import sys
@@ -108,23 +103,57 @@ def definition(x, W0, bias, A, B, Wg, scaling, gates=nn.Softmax(-1)):
     return y
 
 
+def hydralora_layer(x, W0, bias, A, B, Wg, scaling, device="meta"):
+    """HydraLoRALinear on these tensors. Copies of them would keep the gradients."""
+    n, d, r = B.shape
+    base = nn.Linear(A.shape[1], d, bias is not None, device, W0.dtype)
+    layer = HydraLoRALinear(base, num_heads=n, r=r, lora_alpha=scaling * r)
+    weights = {"base.weight": W0, "lora_A": A, "lora_B": B, "router.weight": Wg}
+    if bias is not None:
+        weights["base.bias"] = bias
+    return torch.func.functional_call(layer, weights, x)
+
+
+def read_settings():
+    """Returns what the environment names: the device, the kernel and sizes, or {}."""
+    settings = {name: value for name, value in os.environ.items() if name.startswith("HYDRALORA_")}
+    device = settings.pop("HYDRALORA_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+    name, shape = settings.pop("HYDRALORA_IMPL", None), settings.pop("HYDRALORA_SHAPE", None)
+    kernel, own = pkgutil.resolve_name(name) if name else hydralora_layer, {}
+    if settings or not callable(kernel):
+        raise ValueError(f"{[*settings] or name}: use HYDRALORA_IMPL=module:function")
+    if shape and not re.fullmatch(r"\d+(,0*[1-9]\d*){4}", shape):
+        raise ValueError(f"HYDRALORA_SHAPE={shape}: use tokens,k,d,r,n")
+    if shape:
+        tokens, *sizes = map(int, shape.split(","))
+        own = dict(zip("kdrn", sizes), lead=(1, tokens), bias=False)
+    torch.empty(1, device=device)
+    return device, kernel, own
+
+
+DEVICE, IMPLEMENTATION, OWN = read_settings()
+
+
 # ---- The cases ----
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+Dtypes = collections.namedtuple("Dtypes", "x base adapter autocast least")
 DTYPES = {  # of x and y, of W0 and bias, of A, B and Wg; autocast's; the least tolerance
-    "fp64": (f64, f64, f64, None, 1e-10),
-    "fp32": (f32, f32, f32, None, 1e-4),  # enough for sums in any order, but not for TF32
-    "bf16": (bf16, bf16, bf16, None, 2**-7),
-    "fp16": (f16, f16, f16, None, 2**-9),
-    "mixed-bf16": (bf16, bf16, f32, None, 2**-7),
-    "autocast-bf16": (bf16, f32, f32, bf16, 2**-7),  # y may be float32
-    "autocast-fp16": (f32, f32, f32, f16, 2**-9),
+    "fp64": Dtypes(f64, f64, f64, None, 1e-10),
+    "fp32": Dtypes(f32, f32, f32, None, 1e-4),  # enough for sums in any order, but not for TF32
+    "bf16": Dtypes(bf16, bf16, bf16, None, 2**-7),
+    "fp16": Dtypes(f16, f16, f16, None, 2**-9),
+    "mixed-bf16": Dtypes(bf16, bf16, f32, None, 2**-7),
+    "mixed-fp16": Dtypes(f16, f16, f32, None, 2**-9),
+    "autocast-bf16": Dtypes(bf16, f32, f32, bf16, 2**-7),
+    "autocast-fp16": Dtypes(f32, f32, f32, f16, 2**-9),
 }
+MODES = {"gradients": torch.enable_grad, "values": torch.no_grad, "inference": torch.inference_mode}
 
 
 @dataclass(frozen=True)
 class Case:
-    name: str = "plain"
     dtypes: str = "fp32"
+    mode: str = field(default="gradients", compare=False)  # changes no correct result
     lead: tuple = (2, 5)  # axes of x before k: () is one token, (5,) a sequence
     k: int = 7
     d: int = 6
@@ -133,9 +162,11 @@ class Case:
     bias: bool = True
     scaling: float = 1.75
     factors: dict = field(default_factory=dict, hash=False)  # name -> multiplies this tensor
-    layout: str = ""  # a row of LAYOUTS
-    frozen: tuple = ()  # what does not require grad
-    filled: bool = False  # PyTorch fills new memory with nan
+    layouts: dict = field(default_factory=dict, hash=False)  # name -> a row of LAYOUTS
+    frozen: tuple = field(default=(), compare=False)  # what does not require grad
+    filled: bool = field(default=False, compare=False)  # PyTorch fills new memory with nan
+    reversed: str = ""  # the tensor whose elements, but for the first, are in reverse order
+    spoiled: str = ""  # the tensor whose last element is nan, or inf in grad_y
     seed: int = 0
 
     def __repr__(self):
@@ -148,13 +179,9 @@ class Case:
 
     @property
     def id(self):
-        return "-".join([
-            *["slow"] * (self.name in LARGE),
-            f"{len(self.lead) + 1}d",  # the axes of x
-            self.name,
-            "odd" if self.k % 16 or self.d % 16 or self.r % 16 else "aligned",
-            "bias" if self.bias else "nobias",
-            self.dtypes])
+        odd = self.k % 16 or self.d % 16 or self.r % 16
+        return "-".join([self.mode, f"{len(self.lead) + 1}d", "odd" if odd else "aligned",
+                         "bias" if self.bias else "nobias", self.dtypes])
 
 
 def before_nan(t):
@@ -167,99 +194,131 @@ def with_gaps(t, axis):
     return before_nan(torch.stack([t, torch.full_like(t, 9999.0)], axis)).select(axis, 0)
 
 
-def swapped(t):
-    return t.transpose(0, 1) if t.dim() > 1 else t
+def moved(t, axis, to):
+    """Returns a copy of t, in whose memory this axis stands elsewhere."""
+    return before_nan(t.movedim(axis, to)).movedim(to, axis)
 
 
-LAYOUTS = {  # how tensors lie in memory, if not contiguous
+def repeated(t, axis):
+    """Repeats the first part of t along this axis, with stride 0."""
+    return before_nan(t.narrow(axis, 0, 1)).expand(t.shape)
+
+
+LAYOUTS = {  # how a tensor of two or more axes lies in memory, if not contiguous
     "offset": lambda t: before_nan(torch.cat([t.new_zeros(3), t.flatten()]))[3:].view(t.shape),
-    "gaps": lambda t: with_gaps(t, -1),               # as x[..., ::2]
-    "wide-rows": lambda t: with_gaps(t, -2),          # as qkv[..., :k]
-    "last-tokens": lambda t: with_gaps(t, 1),         # as x[:, -1:]
-    "swapped": lambda t: swapped(before_nan(swapped(t))),  # as W.T, or tokens before the batch
-    "transposed": lambda t: before_nan(t.mT).mT if t.dim() > 1 else t,  # the last two axes
-    "expanded": lambda t: t.flatten()[0].expand(t.shape),  # as the gradient of y.sum()
-    "expanded-batch": lambda t: before_nan(t[:1]).expand(t.shape),  # one for the whole batch
+    "gaps": lambda t: with_gaps(t, -1),           # as x[..., ::2]
+    "wide-rows": lambda t: with_gaps(t, -2),      # as qkv[..., :k]
+    "last-tokens": lambda t: with_gaps(t, 1),     # as x[:, -1:]
+    "transposed": lambda t: moved(t, -1, -2),     # as W.T
+    "tokens-first": lambda t: moved(t, -2, 0),
+    "one-value": lambda t: (t.flatten()[0] / 8).expand(t.shape),  # as the gradient of y.sum()
+    "one-batch": lambda t: repeated(t, 0),
+    "one-token": lambda t: repeated(t, -2),       # as the gradient of y.sum(-2)
 }
-ALIGNED = dict(k=64, d=64, r=16, n=8, bias=False)
-CASES = {  # how each case differs from Case()
-    "plain": {},
-    "square": ALIGNED,
-    "equal-sizes": dict(lead=(4,), k=4, d=4, r=4, n=4),
-    "part-tiles": dict(lead=(2, 40), k=192, d=32, r=32, n=6, bias=False),
-    "odd-sizes": dict(lead=(2, 1, 3, 17), k=73, d=150, r=13, n=11, scaling=-0.4,
-                      layout="swapped"),
-    # seed 7: on these data, "softmax in 16 bits" needs three draws
-    "one-token": dict(lead=(), r=40, n=20, scaling=2.0**-10, seed=7),
-    "empty-batch": ALIGNED | dict(lead=(0, 5)),
-    "one-head": dict(k=64, r=16, n=1),  # a LoRA
-    "zero-heads": dict(lead=(2, 3, 10), k=3, d=64, bias=False, factors=dict(B=0)),
-    "near-zero": dict(factors=dict(B=1e-4)),
-    # exp(logit) is inf for some tokens, and 0 for both heads of others. Every second token
-    # is 0, as padding
-    "large-logits": ALIGNED | dict(
-        lead=(60, 2), r=64, n=2, bias=True, factors=dict(Wg=100, x=[[1], [0]])),
-}
-for layout in LAYOUTS:
-    lead = (16, 1) if layout == "last-tokens" else (3, 4)
-    CASES[layout] = ALIGNED | dict(lead=lead, d=80, bias=True, layout=layout)
+SIZES = [  # of k and d, and ranks
+    ((16, 32, 64, 128, 256), (16, 32, 64)),
+    ((1, 3, 4, 7, 8, 20, 33, 64, 73, 128, 150, 256), (1, 3, 4, 8, 16, 33, 64))]
+LEADS = ((), (1,), (5,), (40,), (130,), (2, 5), (0, 5), (1, 128), (2, 65), (16, 1), (300, 2),
+         (2, 3, 10), (3, 1, 4), (2, 1, 3, 5))
+FACTORS = ({}, {}, {}, {}, {},
+           dict(B=0),                               # as at the start of training
+           dict(x=0),                               # as padding
+           dict(B=0.1),
+           dict(Wg=30),                             # exp(logit) may be inf or 0
+           dict(x=8, W0=1 / 8, A=1 / 8, Wg=1 / 8))
+
+
+def random_case(dtypes, seed):
+    choose = random.Random(f"{dtypes} {seed}").choice
+    sizes, ranks = choose(SIZES)
+    k, d, r = choose(sizes), choose(sizes), choose(ranks)
+    layout, named = choose([*LAYOUTS]), (*INPUTS, "grad_y")
+    if layout.startswith("one-"):  # if more were equal, gradients might cancel
+        named = [choose(["x", "W0", "bias", "A", "grad_y"])]
+    return Case(
+        dtypes, choose(["gradients", "gradients", "gradients", "values", "inference"]),
+        choose(LEADS), k, d, r,
+        n=choose([1, 2, 3, 4, 8, 11, 32, min(k, 40)]),
+        bias=choose([True, False]),
+        scaling=choose([1.75, 1.75, -0.4, 1.0, 4.0, 2.0**-6]),
+        factors=choose(FACTORS),
+        layouts=choose([{}, dict.fromkeys(named, layout)]),
+        frozen=choose([(), (), tuple(name for name in INPUTS if choose([True, False]))]),
+        filled=choose([True, False]), seed=seed)
+
+
+RANDOM = {dtypes: [Case(dtypes), *(random_case(dtypes, i) for i in range(100))]
+          for dtypes in DTYPES}
+RANDOM["fp32"] += [random_case("fp32", i) for i in range(100, 300)]  # quick
+SQUARE = dict(k=64, d=64, r=16, n=8, bias=False)
+GENERAL = [Case(dtypes, mode, filled=filled, **change)  # for tests with several calls
+           for dtypes in DTYPES for change in ({}, SQUARE)
+           for filled, mode in zip((False, True, True), MODES)]
 LARGE = {
     "large-magnitude": dict(k=64, d=48, r=8, n=3, factors=dict(  # too large for float16
         x=2.0**17, grad_y=2.0**-50, W0=2.0**-17, Wg=2.0**-17)),
+    "large-logits": dict(lead=(40,), n=2, factors=dict(Wg=100)),  # exp(logit) is 0 for both heads
+    "near-zero": dict(factors=dict(B=1e-4)),
     "many-heads": dict(lead=(2, 70), n=260),
-    "tiles": dict(lead=(1, 128), k=128, d=256, r=32, n=32),
     "past-tiles": dict(lead=(2, 65), k=577, d=131, r=33, n=35),
     # more blocks than a CUDA grid's y axis can have
     "sequence": dict(lead=(1, 65540), k=16, d=16, r=16, n=2),
     # sizes of a 7B model, as far as a CPU can take them. 11056 is 16 times a prime
     "long-input": dict(lead=(1, 1), k=11056, d=16, r=32, n=8),
     "long-output": dict(lead=(1, 1), k=48, d=11056, r=16, n=8),
-    "wide-square": ALIGNED | dict(lead=(1, 3), k=2048, d=2048, r=144, n=3),
-    "many-wide-inputs": ALIGNED | dict(lead=(1, 1040), k=2048, n=3),
-    "many-wide-outputs": ALIGNED | dict(lead=(1, 1040), d=2048, n=3),
-}
-GENERAL = ("plain", "square")  # for the tests that call a kernel several times
+    "wide-square": SQUARE | dict(lead=(1, 3), k=2048, d=2048, r=144, n=3, bias=True),
+    "many-wide-inputs": SQUARE | dict(lead=(1, 2060), k=2048, n=3),
+    "many-wide-outputs": SQUARE | dict(lead=(1, 1040), d=2048, n=3),
+} | ({"own": OWN} if OWN else {})
 
 
-def cases_of(name):
-    """Returns this case in all dtypes or, if it may be slow, in three. In every second one,
-    new memory is filled. The length of the name decides whether the first one is."""
-    dtypes = DTYPES if name in CASES else ("fp32", "bf16", "mixed-bf16")
-    return [Case(name, each, **(CASES | LARGE | OWN)[name], filled=i % 2 == 0)
-            for i, each in enumerate(dtypes, len(name))]
+def large(name, dtypes):
+    return [Case(dtypes, mode, filled=mode == "gradients", **LARGE[name])
+            for mode in ("gradients", "values")]
 
 
 def make(case):
     """Returns the inputs of a case, and grad_y, the gradient of y."""
-    c, made = case, {}
-    x, base, adapter, cast, _ = DTYPES[c.dtypes]
+    c, dtypes, made = case, DTYPES[case.dtypes], {}
+    named = {*c.factors, *c.layouts, *c.frozen, c.reversed, c.spoiled}
+    if unknown := named - {*INPUTS, "grad_y", ""}:
+        raise ValueError(f"no such tensor: {unknown}")
     for i, (name, std, shape, dtype) in enumerate([
-            ("x", 1.0, (*c.lead, c.k), x),
-            ("W0", c.k**-0.5, (c.d, c.k), base),
-            ("bias", 1.0, (c.d,), base),
-            ("A", c.k**-0.5, (c.r, c.k), adapter),
-            ("B", c.r**-0.5, (c.n, c.d, c.r), adapter),
-            ("Wg", c.k**-0.5, (c.n, c.k), adapter),
-            ("grad_y", 1.0, (*c.lead, c.d), cast or x)]):
+            ("x", 1.0, (*c.lead, c.k), dtypes.x),
+            ("W0", c.k**-0.5, (c.d, c.k), dtypes.base),
+            ("bias", 1.0, (c.d,), dtypes.base),
+            ("A", c.k**-0.5, (c.r, c.k), dtypes.adapter),
+            ("B", c.r**-0.5, (c.n, c.d, c.r), dtypes.adapter),
+            ("Wg", c.k**-0.5, (c.n, c.k), dtypes.adapter),
+            ("grad_y", 1.0, (*c.lead, c.d), dtypes.autocast or dtypes.x)]):
         normal = torch.from_numpy(np.random.default_rng([c.seed, i]).normal(size=shape))
-        t = std * normal * torch.tensor(c.factors.get(name, 1.0))
-        t = LAYOUTS.get(c.layout, before_nan)(t.to(DEVICE, dtype))
+        t = std * c.factors.get(name, 1.0) * normal
+        if name == c.reversed:
+            t = torch.cat([t.flatten()[:1], t.flatten()[1:].flip(0)]).view(shape)
+        if name == c.spoiled:
+            t[(-1,) * t.dim()] = math.inf if name == "grad_y" else math.nan
+        t = t.to(DEVICE, dtype)
+        layout = LAYOUTS[c.layouts[name]] if name in c.layouts else before_nan
+        try:
+            t = layout(t)
+        except (IndexError, RuntimeError):  # too few axes or elements
+            t = before_nan(t)
         made[name] = t.requires_grad_(name in INPUTS and name not in c.frozen)
     return made if c.bias else made | {"bias": None}
 
 
-# ---- The tolerance ----
-REFERENCES = {}  # hash of the inputs -> what `reference` returned
+# ---- The correct results ----
+Expected = collections.namedtuple("Expected", "value norm allowed")
 
 
 def as_float64(t):
     return t.detach().to("cpu", f64, copy=True)
 
 
-def by_definition(tensors, scaling, gates=nn.Softmax(-1)):
+def by_definition(tensors, case, gates=nn.Softmax(-1)):
     """Returns y and the gradients of sum(grad_y * y)."""
-    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items() if name in INPUTS}
-    y = definition(**{"bias": None} | leaves, scaling=scaling, gates=gates)
+    leaves = {name: tensors[name].detach().requires_grad_() for name in case.inputs}
+    y = definition(**{"bias": None} | leaves, scaling=case.scaling, gates=gates)
     grads = torch.autograd.grad(y, [*leaves.values()], tensors["grad_y"].to(y.dtype))
     return {"y": y.detach()} | {f"{name}.grad": g for name, g in zip(leaves, grads)}
 
@@ -269,90 +328,81 @@ def uncentred(logits):
     return (logits - logits.logsumexp(-1, keepdim=True).detach()).exp()
 
 
-def of_definition(tensors, case):
-    """Returns, for y and each gradient, the correct value, the norm by which errors are
-    divided, and the definition's largest error in the kernel's dtypes.
+def exact_and_rounded(case):
+    """Returns the results by definition, in float64 and in the kernel's dtypes, and the norms
+    of the first, by which errors are divided.
 
-    The norm is at least that without the second term of softmax's derivative: where the
-    two terms nearly cancel, their rounding errors remain. Mixed dtypes are computed in 16
-    bits, since a kernel may do so."""
-    tensors = {name: t for name, t in tensors.items() if t is not None}
+    A norm is at least that without the second term of softmax's derivative: where the two
+    terms nearly cancel, their rounding errors remain."""
+    tensors = {name: t for name, t in make(case).items() if t is not None}
     exact = {name: as_float64(t) for name, t in tensors.items()}
-    values = by_definition(exact, case.scaling)
-    larger = by_definition(exact, case.scaling, uncentred)
-    norms = {name: max(values[name].norm().item(), larger[name].norm().item()) or 1.0
-             for name in values}
-    if "mixed" in case.dtypes:
+    values, larger = by_definition(exact, case), by_definition(exact, case, uncentred)
+    if "mixed" in case.dtypes:  # a kernel may compute in 16 bits
         tensors = {name: t.to(tensors["x"].dtype) for name, t in tensors.items()}
     with autocast(case):
-        rounded = by_definition(tensors, case.scaling)
-    errors = errors_of(rounded, values, norms)
-    return values, norms, {name: largest(each) for name, each in errors.items()}
+        rounded = by_definition(tensors, case)
+    norms = {name: max(t.norm().item(), larger[name].norm().item()) or 1.0
+             for name, t in values.items()}
+    return values, rounded, norms
 
 
 @functools.cache
-def of_other_draws(case):
-    """Returns the definition's largest errors in two more draws of a case's tensors."""
-    return [of_definition(make(replace(case, seed=case.seed + i)), case)[2] for i in (1, 2)]
-
-
-def reference(tensors, case):
+def correct(case):
     """Returns, for y and each gradient, the correct value, the norm by which errors are
     divided, and how large the error of a row or column may be:
 
         the least tolerance + 4 * the definition's largest error, in the kernel's dtypes
 
-    In 16 bits, errors vary, so three draws are taken, unless that takes long."""
-    key = hash((case.dtypes, case.scaling, *(
-        (name, t.shape, as_float64(t).numpy().tobytes()) for name, t in tensors.items())))
-    if key not in REFERENCES:
-        values, norms, errors = of_definition(tensors, case)
-        draws, least = [errors], DTYPES[case.dtypes][-1]
-        if least > 1e-4 and math.prod(case.lead) * case.k * case.d < 10**7:
-            draws += of_other_draws(replace(case, frozen=(), filled=False))
-        allowed = {name: least + 4 * max(draw[name] for draw in draws) for name in values}
-        REFERENCES[key] = values, norms, allowed
-    return REFERENCES[key]
+    In 16 bits, this error varies, so it is the larger one of two seeds, unless that takes
+    long."""
+    least = DTYPES[case.dtypes].least
+    small = math.prod(case.lead) * case.k * case.d < 10**7
+    cases = [case, replace(case, seed=case.seed + 1000, layouts={})][:1 + (least > 1e-4 and small)]
+    trials = [*map(exact_and_rounded, cases)]
+    values, _, norms = trials[0]
+    return {name: Expected(value, norms[name], least + 4 * max(
+                largest(errors(rounded[name], exact[name], norm[name]))
+                for exact, rounded, norm in trials))
+            for name, value in values.items()}
 
 
-def errors_of(found, values, norms):
-    """Returns the norms of the errors of each tensor's rows and columns, relative to those
-    of an average row or column."""
-    errors = {}
+def errors(found, value, norm):
+    """Returns the norms of the errors of rows and columns, relative to those of an average
+    row or column."""
+    off = as_float64(found) - value
+    parts = dict(rows=off.norm(dim=-1), columns=off.reshape(-1, off.shape[-1]).norm(dim=0))
+    return {part: each.nan_to_num(math.inf) * each.numel()**0.5 / norm
+            for part, each in parts.items()}
+
+
+def largest(parts):
+    return max(each.max().item() if each.numel() else 0.0 for each in parts.values())
+
+
+def wrong_ones(found, case):
+    """Returns the names of what is wrong: y, then the worst gradient first."""
+    excess = {}
     for name, t in found.items():
-        off = as_float64(t) - values[name]
-        of_parts = dict(rows=off.norm(dim=-1), columns=off.reshape(-1, off.shape[-1]).norm(dim=0))
-        errors[name] = {part: each.nan_to_num(math.inf) * each.numel()**0.5 / norms[name]
-                        for part, each in of_parts.items()}
-    return errors
-
-
-def largest(errors):
-    return max(norm.max().item() if norm.numel() else 0.0 for norm in errors.values())
-
-
-def too_large(errors, allowed):
-    """Returns the names of the tensors that are wrong: y, then the worst gradient first."""
-    excess = {name: largest(each) / allowed[name] for name, each in errors.items()}
+        value, norm, allowed = correct(case)[name]
+        excess[name] = largest(errors(t, value, norm)) / allowed
     return sorted([name for name in excess if not excess[name] <= 1],
                   key=lambda name: (name != "y", -excess[name]))
 
 
 # ---- A call ----
 def autocast(case):
-    dtype = DTYPES[case.dtypes][3]
+    dtype = DTYPES[case.dtypes].autocast
     return torch.autocast(torch.device(DEVICE).type, dtype or bf16, enabled=bool(dtype))
 
 
-GLOBAL_STATE = {  # name -> functions that read and set it
-    "the grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
-    "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "the number of threads": (torch.get_num_threads, torch.set_num_threads),
-    "float32's precision": (
-        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-    "the use of deterministic algorithms": (
-        torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
-    "the generator's seed": (torch.initial_seed, torch.manual_seed)}
+SETTINGS = {  # what reads a global setting -> what puts it back
+    torch.is_grad_enabled: torch.set_grad_enabled,
+    torch.get_default_dtype: torch.set_default_dtype,
+    torch.get_num_threads: torch.set_num_threads,
+    torch.get_float32_matmul_precision: torch.set_float32_matmul_precision,
+    torch.get_deterministic_debug_mode: torch.set_deterministic_debug_mode,
+    torch.initial_seed: torch.manual_seed,
+}
 
 
 @contextlib.contextmanager
@@ -368,6 +418,90 @@ def new_memory_is_nan():
         torch.set_deterministic_debug_mode(before)
 
 
+class Call:
+    """A call of a kernel, on these inputs or those of the case. `moment`, with which the
+    message of a failure begins, is None if the kernel was not called before."""
+
+    def __init__(self, kernel, case, inputs=None, moment=""):
+        __tracebackhide__ = True
+        self.kernel, self.case, self.moment = kernel, case, moment
+        with MODES[case.mode]():
+            self.inputs = dict(inputs or make(case))
+        self.before = {name: t.detach().clone() for name, t in self.inputs.items()
+                       if t is not None}
+        arguments = [self.inputs[name] for name in INPUTS]
+        with MODES[case.mode](), autocast(case), self.guard("the call"):
+            self.y = kernel(*arguments, case.scaling)
+
+        dtypes, shape = DTYPES[case.dtypes], (*case.lead, case.d)
+        allowed = [dtypes.autocast, f32] if dtypes.autocast else [dtypes.x]
+        self.leaves = {name: self.inputs[name] for name in case.inputs
+                       if case.mode == "gradients" and name not in case.frozen}
+        if not isinstance(self.y, torch.Tensor):
+            self.fail(f"y is no tensor, but {type(self.y).__name__}")
+        if self.y.shape != shape:
+            self.fail(f"wrong shape: expected {shape}, found {(*self.y.shape,)}")
+        if self.y.dtype not in allowed:
+            self.fail(f"wrong dtype: expected one of {allowed}, found {self.y.dtype}")
+        if self.y.numel() and not self.y.requires_grad and self.leaves.keys() & {*TRAINED}:
+            self.fail(f"y does not require grad, unlike {', '.join(self.leaves)}")
+        self.grad_y = self.inputs["grad_y"].to(self.y.dtype)
+
+    @contextlib.contextmanager
+    def guard(self, what):
+        """What the kernel does here must not raise, or change a global setting or an input."""
+        __tracebackhide__ = True
+        with new_memory_is_nan() if self.case.filled else contextlib.nullcontext():
+            settings = {get: get() for get in SETTINGS}
+            try:
+                yield
+            except Exception as error:
+                self.fail(f"{what} raised {type(error).__name__}: {error}",
+                          "If that is by design, use -k to leave out such tests. If it passes in\n"
+                          "a new process, an earlier call left something behind.")
+            for get, put_back in SETTINGS.items():
+                if get() != settings[get]:
+                    put_back(settings[get])
+                    self.fail(f"{what} changed what torch.{get.__name__} returns")
+        for name, value in self.before.items():
+            t = self.inputs[name]
+            if not torch.allclose(t.detach(), value, rtol=0, atol=0, equal_nan=True):
+                self.fail(f"{what} changed {name} in place")
+            if t.requires_grad != (name in INPUTS and name not in self.case.frozen):
+                self.fail(f"{what} changed {name}.requires_grad")
+            if t.grad is not None:
+                self.fail(f"{what} wrote to {name}.grad")
+
+    def gradients(self):
+        """Returns the gradients. A missing gradient of x, A, B or Wg counts as 0."""
+        if not self.y.requires_grad:
+            return {}
+        leaves = self.leaves
+        grads = torch.autograd.grad(self.y, [*leaves.values()], self.grad_y, allow_unused=True)
+        return {f"{name}.grad": torch.zeros_like(leaves[name]) if g is None else g
+                for name, g in zip(leaves, grads) if g is not None or name in TRAINED}
+
+    def results(self):
+        __tracebackhide__ = True
+        with self.guard("the backward"):
+            grads = self.gradients()
+        return {"y": self.y} | grads
+
+    def compare(self, found):
+        __tracebackhide__ = True
+        wrong = wrong_ones(found, self.case)
+        if wrong:
+            self.fail(*describe(self.case, found, wrong))
+
+    def fail(self, message, advice=""):
+        __tracebackhide__ = True
+        if self.moment is not None and not failure(self.kernel, self.case):
+            advice = LEFT_BEHIND
+        shapes = ", ".join(f"{name} {(*t.shape,)}" for name, t in self.before.items())
+        raise AssertionError("\n".join(filter(None, [
+            f"{self.moment or ''}{message}", f"in {self.case}: {shapes}", advice]))) from None
+
+
 def check(*calls):
     """Runs the backward passes, neither in the order of the calls nor in reverse (a kernel
     may keep a queue or a stack). Compares results only then, since a call may overwrite
@@ -378,130 +512,90 @@ def check(*calls):
         call.compare(found[call])
 
 
-class Call:
-    """A call of a kernel. `moment` begins a failure's message."""
+# ---- The message of a failure ----
+LEFT_BEHIND = """\
+The same call passes alone, on new tensors. So the kernel seems to use what was left behind or
+changed since: a cache, a workspace, a tensor saved without save_for_backward, new memory
+(torch.empty), memory past a tensor's end, a race?"""
 
-    def __init__(self, kernel, case, mode=torch.enable_grad, inputs=None, moment=""):
-        __tracebackhide__ = True
-        self.kernel, self.case, self.mode, self.moment = kernel, case, mode, moment
-        with mode():
-            self.inputs = dict(inputs or make(case))
-        self.before = {name: t.detach().clone() for name, t in self.inputs.items()
-                       if t is not None}
-        self.trainable = [name for name in self.before if self.inputs[name].requires_grad]
-        self.required = self.trainable if mode is torch.enable_grad else []
-        with mode(), autocast(case):
-            self.y = self.guarded(
-                "the call", kernel, *(self.inputs[name] for name in INPUTS), case.scaling)
-        self.check_y()
-        self.grad_y = self.inputs["grad_y"].to(self.y.dtype)
 
-    def guarded(self, what, action, *arguments):
-        """Returns the action's result. It must not raise, or change global state or inputs."""
-        __tracebackhide__ = True
-        with new_memory_is_nan() if self.case.filled else contextlib.nullcontext():
-            state = {name: get() for name, (get, _) in GLOBAL_STATE.items()}
-            try:
-                result = action(*arguments)
-            except Exception as error:
-                self.fail(f"{what} raised {type(error).__name__}: {error}",
-                          "If that is by design, use -k to leave out such tests.")
-            for name, (get, put_back) in GLOBAL_STATE.items():
-                if get() != state[name]:
-                    put_back(state[name])
-                    self.fail(f"{what} changed {name}")
-        for name, value in self.before.items():
-            now = self.inputs[name].detach()
-            same = torch.equal(now, value) or torch.equal(now.nan_to_num(), value.nan_to_num())
-            self.require(same, f"{what} changed {name} in place")
-            same = self.inputs[name].requires_grad == (name in self.trainable)
-            self.require(same, f"{what} changed {name}.requires_grad")
-        return result
+def describe(case, found, wrong):
+    """Returns what is wrong, where, and by how much, and advice or ""."""
+    worst, places, advice = wrong[0], [], ""
+    given, (value, norm, allowed) = as_float64(found[worst]), correct(case)[worst]
+    parts = errors(given, value, norm)
+    for part, each in parts.items():
+        off = torch.argwhere(each > allowed)
+        if 0 < len(off) < each.numel():
+            places.append(f" in {len(off)} of {each.numel()} {part}, first {off[0].tolist()}")
+    right = [name for name in found if name not in wrong]
+    lines = [
+        f"{worst} is {'wrong' if given.any() else 'zero or missing'}{','.join(places)}: "
+        f"error {largest(parts):.2g}, tolerance {allowed:.2g}",
+        f"wrong, worst first: {', '.join(wrong)}; correct: {', '.join(right) or 'nothing'}"]
+    factor = ((given * value).sum() / value.square().sum()).item()
+    if abs(factor) > 0.01 and largest(errors(given / factor, value, norm)) <= allowed:
+        lines.insert(1, f"{worst} is {factor:.3g} times the correct one; "
+                        f"the scaling is {case.scaling}")
+    if given.isnan().any() and not case.layouts:  # a layout would be the cause
+        where = "in new memory and after each input" if case.filled else "after each input"
+        advice = f"nan is {where}: was torch.empty read, or past an end? Or 0 / 0?"
+    return "\n".join(lines), advice
 
-    def check_y(self):
-        __tracebackhide__ = True
-        y, (x, *_, cast, _) = self.y, DTYPES[self.case.dtypes]
-        shape, dtypes = (*self.case.lead, self.case.d), [cast, f32] if cast else [x]
-        self.require(y.shape == shape, f"wrong shape: expected {shape}, found {(*y.shape,)}")
-        self.require(y.dtype in dtypes, f"wrong dtype: expected one of {dtypes}, found {y.dtype}")
-        self.require(y.requires_grad or not {*self.required} & {*TRAINED},
-                     f"y does not require grad, unlike {', '.join(self.required)}")
 
-    def gradients(self):
-        """Returns the gradients. A missing gradient of x, A, B or Wg counts as 0."""
-        if not self.y.requires_grad:
-            return {}
-        leaves = [self.inputs[name] for name in self.required]
-        grads = torch.autograd.grad(self.y, leaves, self.grad_y, allow_unused=True)
-        return {f"{name}.grad": torch.zeros_like(leaf) if g is None else g
-                for name, leaf, g in zip(self.required, leaves, grads)
-                if g is not None or name in TRAINED}
+@torch.inference_mode(False)
+@torch.enable_grad()
+def failure(kernel, case, moment=None):
+    """Returns the message of a call, or ""."""
+    try:
+        check(Call(kernel, case, moment=moment))
+    except AssertionError as error:
+        return str(error)
+    return ""
 
-    def results(self):
-        """Returns y, and the gradients of the inputs that require one."""
-        __tracebackhide__ = True
-        grads = self.guarded("the backward", self.gradients)
-        written = [name for name in self.required if self.inputs[name].grad is not None]
-        self.require(not written, f"the backward wrote to .grad of {', '.join(written)}")
-        return {"y": self.y} | grads
 
-    def errors(self, found):
-        """Returns the errors, and the names of the tensors that are wrong."""
-        values, norms, allowed = reference(self.before, self.case)
-        errors = errors_of(found, values, norms)
-        return errors, too_large(errors, allowed)
+def simpler(case, plain):
+    """Yields the case with one difference less from `plain`."""
+    for name, value in vars(case).items():
+        if isinstance(value, dict):
+            for key in value:
+                yield replace(case, **{name: {k: v for k, v in value.items() if k != key}})
+        elif name != "dtypes" and value != getattr(plain, name):
+            yield replace(case, **{name: getattr(plain, name)})
 
-    def compare(self, found):
-        __tracebackhide__ = True
-        errors, wrong = self.errors(found)
-        if wrong:
-            self.fail(describe(self, found, errors, wrong), cause(self, found, errors, wrong))
 
-    def require(self, condition, message):
-        __tracebackhide__ = True
-        if not condition:
-            self.fail(message)
+def simplest(kernel, case, message, keep_id):
+    """Takes back each difference from Case() without which the call fails in the same way.
+    Returns the case and its message. If keep_id, the id stays, by which -k selects."""
+    def kind(message):  # as in "y is wrong", "the call raised TypeError"
+        return re.findall(r"[\w.]+", message)[:4 if message.startswith("the call raised") else 3]
 
-    def fail(self, message, advice=""):
-        __tracebackhide__ = True
-        shapes = ", ".join(f"{name} {(*t.shape,)}" for name, t in self.before.items())
-        lines = [f"{self.moment}{message}", f"{self.case}, torch.{self.mode.__name__}",
-                 shapes, advice]
-        raise AssertionError("\n".join(filter(None, lines)))
+    plain = Case(**SQUARE) if keep_id and "aligned" in case.id else Case()
+    for other in simpler(case, plain):
+        again = failure(kernel, other) if other.id == case.id or not keep_id else ""
+        if again and kind(again) == kind(message):
+            return simplest(kernel, other, again, keep_id)
+    return case, message
+
+
+def lines_like(kernel, case):
+    """Returns the lines of KNOWN with which KERNEL gives the same results: the correct ones
+    are correct, the wrong ones are off by far more than they differ."""
+    found, lines = Call(kernel, case).results(), []
+    for line in KNOWN:
+        with contextlib.suppress(Exception):  # it does not run on this case
+            other = Call(mutant(line), case).results()
+            for name, t in found.items():
+                value, norm, allowed = correct(case)[name]
+                norm = max(norm, t.norm().item())
+                error = largest(errors(t, value, norm))
+                far = error / 20 if error > allowed else allowed
+                assert largest(errors(other[name], as_float64(t), norm)) <= min(far, allowed)
+            lines.append(line)
+    return lines
 
 
 # ---- The tests ----
-def hydralora_layer(x, W0, bias, A, B, Wg, scaling, device="meta"):
-    """HydraLoRALinear on these tensors. Copies of them would keep the gradients."""
-    n, d, r = B.shape
-    base = nn.Linear(A.shape[1], d, bias is not None, device, W0.dtype)
-    layer = HydraLoRALinear(base, num_heads=n, r=r, lora_alpha=scaling * r)
-    weights = {"base.weight": W0, "lora_A": A, "lora_B": B, "router.weight": Wg}
-    if bias is not None:
-        weights["base.bias"] = bias
-    return torch.func.functional_call(layer, weights, x)
-
-
-def read_settings():
-    """Returns what the environment names: the device, the kernel and the case "own"."""
-    settings = {name: value for name, value in os.environ.items() if name.startswith("HYDRALORA_")}
-    device = settings.pop("HYDRALORA_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
-    name, shape = settings.pop("HYDRALORA_IMPL", None), settings.pop("HYDRALORA_SHAPE", None)
-    kernel, own = pkgutil.resolve_name(name) if name else hydralora_layer, {}
-    if settings or not callable(kernel):
-        raise ValueError(f"{[*settings] or name}: use HYDRALORA_IMPL=module:function")
-    if shape and not re.fullmatch(r"\d+(,0*[1-9]\d*){4}", shape):
-        raise ValueError(f"HYDRALORA_SHAPE={shape}: use tokens,k,d,r,n")
-    if shape:
-        tokens, *sizes = map(int, shape.split(","))
-        own["own"] = dict(zip("kdrn", sizes), lead=(1, tokens), bias=False)
-    torch.empty(1, device=device)
-    return device, kernel, own
-
-
-DEVICE, IMPLEMENTATION, OWN = read_settings()
-
-
 @pytest.fixture
 def implementation():
     threads = torch.get_num_threads()
@@ -512,125 +606,135 @@ def implementation():
     torch.set_num_threads(threads)
 
 
-MODES = {"inference": torch.inference_mode, "values": torch.no_grad, "gradients": torch.enable_grad}
+def each_of(cases):
+    return parametrize("case", [
+        pytest.param(case, id=f"{i}-{case.id}") for i, case in enumerate(cases)])
 
 
-def each_case(*names, modes=MODES):
-    return parametrize("mode, case", [
-        pytest.param(MODES[mode], case, id=f"{mode}-{case.id}")
-        for name in names for case in cases_of(name) for mode in modes])
+@each_of(sorted(itertools.chain(*RANDOM.values()), key=lambda case: case.seed))
+def test_oracle_results(implementation, case):
+    message = failure(implementation, case, moment="")
+    if message and LEFT_BEHIND not in message:
+        keep_id = bool(failure(implementation, Case(case.dtypes)))  # it may not support Case()
+        case, message = simplest(implementation, case, message, keep_id)
+        if " is wrong" in message or "zero or missing" in message:
+            for line in lines_like(implementation, case):
+                message += f"\nKERNEL gives the same results with this line: {line}"
+    if message:
+        raise AssertionError(message)
 
 
-@each_case(*CASES, *OWN)
-def test_oracle_results(implementation, mode, case):
-    check(Call(implementation, case, mode))
+@contextlib.contextmanager
+def or_raises(error):
+    """PyTorch may raise this error instead."""
+    try:
+        yield
+    except RuntimeError as raised:
+        if not error or not re.search(error, str(raised)):
+            raise AssertionError(f"raised RuntimeError: {raised}") from None
 
 
-@each_case(*GENERAL)
-def test_oracle_calls_in_a_row(implementation, mode, case):
+@each_of(GENERAL)
+def test_oracle_calls_in_a_row(implementation, case):
     """The test makes calls with other tokens, weights, sizes and layouts, all before the
     first backward. They share the tensors that do not change. A correct kernel keeps no
     scaling, size, grid, gates or buffer of an earlier call."""
+    times = 5 if case.bias and case.mode == "gradients" else 1
+    changes = [
+        {}, {}, dict(scaling=0.0), dict(scaling=-1.75), dict(lead=(2, 1)), dict(seed=1),
+        dict(lead=(2, 70)), dict(lead=(2, 0)), dict(lead=(2, 1), seed=1), dict(r=32),
+        dict(bias=not case.bias), dict(n=20), {},
+        dict(layouts=dict.fromkeys(INPUTS, "tokens-first")), {}]
     start, calls = make(case), []
-    times = 5 if case.name == "plain" and mode is torch.enable_grad else 2  # 75 calls or 30
-    for change in times * [
-            {}, {}, dict(scaling=0.0), dict(scaling=-1.75), dict(lead=(2, 1)), dict(seed=1),
-            dict(lead=(2, 70)), dict(lead=(2, 0)), dict(lead=(2, 1), seed=1), dict(r=32),
-            dict(bias=False), dict(n=20), {}, dict(layout="swapped"), {}]:
-        now = replace(case, **change)
+    for change in times * changes:
+        now, what = replace(case, **change), ", ".join(f"{k}={v}" for k, v in change.items())
         inputs = make(now)
         for name in now.inputs:
             old, new = start[name], inputs[name]
             if old is not None and old.stride() == new.stride() and torch.equal(old, new):
                 inputs[name] = old
-        what = ", ".join(f"{key}={value}" for key, value in change.items())
-        moment = f"call {len(calls) + 1}, {what or 'like the first'}: "
-        calls.append(Call(implementation, now, mode, inputs, moment))
+        calls.append(Call(implementation, now, inputs, f"call {len(calls) + 1}, {what}: "))
     check(*calls)
 
 
-@each_case(*GENERAL)
-def test_oracle_changed_tensors(implementation, mode, case):
+@each_of(GENERAL)
+def test_oracle_changed_tensors(implementation, case):
     """Between calls, the test changes the values of an input, in place or in new memory
     (as offloading does), but not its version, sum or first element. A correct kernel uses
     the new values, in training and in evaluation."""
-    if mode is not torch.enable_grad:  # as in generation
+    if case.mode != "gradients":  # as in generation
         case = replace(case, lead=(2, 1), frozen=INPUTS)
-    inputs, moment = make(case), ""
-    for way, name in [("", ""), *itertools.product(("in place", "moved"), case.inputs)]:
-        if name:
-            start, rest = inputs[name].detach().flatten().tensor_split([1])
-            changed = torch.cat([start, rest.flip(0)]).view(inputs[name].shape)
-            moment = f"after the test changed {name} ({way}): "
-            if way == "moved":
-                inputs[name].data = changed
-            else:
-                inputs[name].data.copy_(changed)
-        for each in (mode, torch.no_grad):
-            check(Call(implementation, case, each, inputs, moment))
-
-
-@each_case(*GENERAL, modes=["gradients"])
-def test_oracle_gradients_of_each_subset(implementation, mode, case):
-    """Each subset of the inputs requires grad."""
     inputs = make(case)
-    for size in range(len(case.inputs), -1, -1):
+    check(Call(implementation, case, inputs))
+    for name, way in itertools.product(case.inputs, ("in place", "moved")):
+        for now in (replace(case, reversed=name), case):
+            new = make(now)[name].detach()
+            if way == "moved":
+                inputs[name].data = new
+            else:
+                inputs[name].data.copy_(new)
+            for mode in (case.mode, "values"):
+                check(Call(implementation, replace(now, mode=mode), inputs,
+                           f"after {name} was changed ({way}): "))
+
+
+@each_of([case for case in GENERAL if case.mode == "gradients"])
+def test_oracle_gradients_of_each_subset(implementation, case):
+    for size in range(len(case.inputs) + 1):
         for frozen in itertools.combinations(case.inputs, size):
-            for name in case.inputs:
-                inputs[name].requires_grad_(name not in frozen)
             moment = f"if {', '.join(frozen) or 'nothing'} is frozen: "
-            check(Call(implementation, case, mode, inputs, moment))
+            check(Call(implementation, replace(case, frozen=frozen), moment=moment))
 
 
-@each_case(*GENERAL, modes=["gradients"])
-def test_oracle_gradients_accumulate(implementation, mode, case):
+@each_of([case for case in GENERAL if case.mode == "gradients"])
+def test_oracle_gradients_accumulate(implementation, case):
     """Two calls add up in .grad, and so do two backward passes of one call, or PyTorch
     raises an error (as it does for a compiled kernel)."""
     for what, calls, passes in (("two calls", 2, 1), ("two backward passes", 1, 2)):
         inputs = make(case)
-        made = [Call(implementation, case, mode, inputs, f"{what}: ") for _ in range(calls)]
-        with contextlib.suppress(RuntimeError):
+        made = [Call(implementation, case, inputs, f"{what}: ") for _ in range(calls)]
+        with or_raises("second time|donated" if passes > 1 else None):
             for _ in range(passes):
                 torch.autograd.backward([call.y for call in made], [call.grad_y for call in made],
                                         retain_graph=passes > 1)
             made[0].compare({f"{name}.grad": inputs[name].grad / 2 for name in TRAINED})
 
 
-@each_case(*GENERAL, modes=["gradients"])
-def test_oracle_gradients_after_a_change(implementation, mode, case):
+@each_of([case for case in GENERAL if case.mode == "gradients"])
+def test_oracle_gradients_after_a_change(implementation, case):
     """After the call, the test changes y in place (as y += residual does) or an input.
     With a correct kernel, gradients are correct, or PyTorch raises an error."""
     for name in ("y", *case.inputs):
         moment = f"after the test changed {name}, the backward: "
-        call = Call(implementation, case, mode, None, moment)
-        with contextlib.suppress(RuntimeError):
+        call = Call(implementation, case, None, moment)
+        with or_raises("inplace operation|modified inplace|in-place operation"):
             (call.y if name == "y" else call.inputs[name].detach()).add_(1)
             call.compare(call.gradients())
 
 
-@each_case(*GENERAL)
-def test_oracle_nan_propagates(implementation, mode, case):
+@each_of(GENERAL)
+def test_oracle_nan_propagates(implementation, case):
     """The test puts a nan into an input, or an inf into grad_y (which a GradScaler looks
     for). With a correct kernel, y is nan where it is by definition, and there alone; a
     gradient that is not finite by definition is not finite."""
     for name in (*case.inputs, "grad_y"):
-        inputs, value = make(case), math.inf if name == "grad_y" else math.nan
-        inputs[name].data[(-1,) * inputs[name].dim()] = value
-        call = Call(implementation, case, mode, inputs, f"{value} in {name}: ")
+        now = replace(case, spoiled=name)
+        call = Call(implementation, now, moment=f"if {name} has a nan or inf: ")
         found = {key: as_float64(t) for key, t in call.results().items()}
-        correct, _, _ = reference(call.before, case)
-        call.require(torch.equal(found["y"].isnan(), correct["y"].isnan()),
-                     "y is nan at other elements than by definition")
+        values = {key: correct(now)[key].value for key in found}
+        if not torch.equal(found["y"].isnan(), values["y"].isnan()):
+            call.fail("y is nan at other elements than by definition")
         finite = [key for key in found
-                  if found[key].isfinite().all() and not correct[key].isfinite().all()]
-        call.require(not finite, f"this should not be finite, but is: {', '.join(finite)}")
+                  if found[key].isfinite().all() and not values[key].isfinite().all()]
+        if finite:
+            call.fail(f"this should not be finite, but is: {', '.join(finite)}")
 
 
-@each_case(*GENERAL)
-def test_oracle_memory_is_freed(implementation, mode, case):
+@each_of(GENERAL)
+def test_oracle_memory_is_freed(implementation, case):
     """With a correct kernel, x, y and grad_y are freed when the test drops them."""
     for with_backward in (True, False):
-        call = Call(implementation, case, mode)
+        call = Call(implementation, case)
         if with_backward:
             call.results()
         memory = dict(x=call.inputs["x"], y=call.y, grad_y=call.grad_y)
@@ -642,9 +746,11 @@ def test_oracle_memory_is_freed(implementation, mode, case):
         assert not alive, f"the kernel keeps {', '.join(alive)} alive"
 
 
-@each_case(*LARGE)
-def test_oracle_slow_results(implementation, mode, case):
-    check(Call(implementation, case, mode))
+@parametrize("case", [
+    pytest.param(case, id=f"slow-{name}-{case.id}") for name in LARGE
+    for dtypes in ("fp32", "bf16", "mixed-bf16") for case in large(name, dtypes)])
+def test_oracle_slow_results(implementation, case):
+    check(Call(implementation, case))
 
 
 TESTS = {name.removeprefix("test_oracle_"): test for name, test in globals().items()
@@ -653,133 +759,60 @@ SLOW, FAST = TESTS.pop("slow_results"), TESTS.pop("results")
 
 
 def run_check(name, kernel, dtypes):
-    """Runs, in these dtypes, test_oracle_{name} or, if name is a case, the results of it."""
-    test = TESTS.get(name) or (SLOW if name in LARGE else FAST)
-    [(_, parameters)] = [mark.args for mark in test.pytestmark]
-    chosen = [each.values for each in parameters if each.values[1].dtypes == dtypes
-              and (name in TESTS or each.values[1].name == name)]
-    if not chosen:
-        raise ValueError(f"there is no test or case {name} in {dtypes}")
-    for mode, case in chosen:
-        test(kernel, mode, case)
-
-
-# ---- The message ----
-PASSES_ALONE = (
-    "The same call passes alone, on copies of its inputs. So the kernel seems to use what was\n"
-    "left behind or changed since: a cache keyed by an address, a workspace or y overwritten\n"
-    "later, a tensor saved without save_for_backward, memory that nobody wrote (torch.empty)\n"
-    "or past a tensor's end, a race?")
-
-
-def passes_alone(call):
-    """Whether the same call passes when it is repeated on copies of its inputs."""
-    copies = {name: copy.deepcopy(call.inputs[name].detach()).requires_grad_(
-        name in call.trainable) for name in call.before}
-    with contextlib.suppress(Exception):
-        again = Call(call.kernel, call.case, call.mode, {"bias": None} | copies)
-        return not again.errors(again.results())[1]
-    return False
-
-
-def describe(call, found, errors, wrong):
-    """Returns what is wrong, where, and by how much."""
-    values, norms, allowed = reference(call.before, call.case)
-    worst, places = wrong[0], []
-    for part, each in errors[worst].items():
-        off = torch.argwhere(each > allowed[worst])
-        if 0 < len(off) < each.numel():
-            places.append(f" in {len(off)} of {each.numel()} {part}, first {off[0].tolist()}")
-    given, value = as_float64(found[worst]), values[worst]
-    at = torch.unravel_index((given - value).abs().nan_to_num(math.inf).argmax(), value.shape)
-    correct = [name for name in found if name not in wrong]
-    lines = [
-        f"{worst} is {'wrong' if given.any() else 'zero or missing'}{','.join(places)}: "
-        f"error {largest(errors[worst]):.2g}, tolerance {allowed[worst]:.2g}",
-        f"worst element {[i.item() for i in at]}: "
-        f"found {given[at]:.9g}, expected {value[at]:.9g}",
-        f"wrong: {', '.join(wrong)}; correct: {', '.join(correct) or 'nothing'}"]
-    factor = ((given * value).sum() / value.square().sum()).item()
-    of_scaled = errors_of({worst: given / factor}, values, norms)
-    if abs(factor) > 0.01 and not too_large(of_scaled, allowed):
-        lines.insert(1, f"{worst} is {factor:.3g} times the correct one; "
-                        f"the scaling is {call.case.scaling}")
-    return "\n".join(lines)
-
-
-def cause(call, found, errors, wrong):
-    """Returns what may have gone wrong, or ""."""
-    if passes_alone(call):
-        return PASSES_ALONE
-    _, norms, allowed = reference(call.before, call.case)
-    results, known = {name: as_float64(t).nan_to_num() for name, t in found.items()}, []
-    norms = {name: max(norms[name], t.norm().item()) for name, t in results.items()}
-    for row in KNOWN if call.y.numel() < 50_000 else []:
-        with contextlib.suppress(Exception):  # it does not run on this case
-            other = Call(mutant(**row.steps), call.case, call.mode, call.inputs).results()
-            other = {name: other[name].nan_to_num() for name in found}
-            if not too_large(errors_of(other, results, norms), allowed):
-                known.append(row.message)
-    if 0 < len(known) < 4:
-        return f"matches a known mistake: {' or '.join(known)}"
-    if found[wrong[0]].isnan().any():
-        return ("nan is in new memory and after each input" if call.case.filled else
-                "nan is after each input") + ": was torch.empty read, or past an end? Or 0 / 0?"
-    if call.case.dtypes == "fp32" and max(map(largest, errors.values())) < 3e-3:
-        return "Errors of this size are those of products in TF32 or bfloat16."
-    return ""
+    """Runs, in these dtypes, a test, or the random cases, Case() or a row of LARGE."""
+    if name in TESTS:
+        [(_, parameters)] = [mark.args for mark in TESTS[name].pytestmark]
+        for parameter in parameters:
+            if parameter.values[0].dtypes == dtypes:
+                TESTS[name](kernel, *parameter.values)
+    else:
+        cases = {"random": RANDOM[dtypes], "plain": RANDOM[dtypes][:1]}.get(name)
+        for case in cases or large(name, dtypes):
+            (FAST if cases else SLOW)(kernel, case)
 
 
 # ---- Mistakes ----
-STEPS = dict(  # of a correct kernel
-    base=lambda v: F.linear(v.x, v.W0, v.bias),  # (..., d)
-    h=lambda v: v.x.to(v.A.dtype),               # (..., k)
-    logits=lambda v: F.linear(v.h, v.Wg),        # (..., n)
-    w=lambda v: v.logits.softmax(-1),            # (..., n)
-    z=lambda v: F.linear(v.h, v.A),              # (..., r)
-    delta=lambda v: v.s * torch.einsum("...n,...r,ndr->...d", v.w, v.z, v.B),
-    y=lambda v: v.base + v.delta.to(v.base.dtype))  # (..., d)
+KERNEL = """\
+def kernel(x, W0, bias, A, B, Wg, scaling):
+    (n, d, r), k, tokens = B.shape, x.shape[-1], x.shape[-2] if x.dim() > 1 else 0
+    base = F.linear(x, W0, bias)                                    # (..., d)
+    h = x.to(A.dtype)                                               # (..., k)
+    logits = F.linear(h, Wg)                                        # (..., n)
+    w = logits.softmax(-1)                                          # (..., n)
+    z = F.linear(h, A)                                              # (..., r)
+    delta = scaling * torch.einsum("...n,...r,ndr->...d", w, z, B)  # (..., d)
+    y = base + delta.to(base.dtype)                                 # (..., d)
+    return y
+"""
 
 
-def mutant(**changed):
-    """Returns a kernel with some steps changed: s=lambda v: 1.0 drops the scaling, and
-    dw=lambda v, g: 2 * g doubles the gradient of w. v has the inputs, n, d, r, k,
-    tokens, and the steps so far, this one included. v.memory outlives the call."""
-    names, memory = (*INPUTS, "s"), {}
-    unknown = changed.keys() - {d + name for name in (*names, *STEPS) for d in ("", "d")}
-    if unknown:
-        raise ValueError(f"no such step: {', '.join(unknown)}")
-
-    def kernel(*inputs):
-        v = SimpleNamespace(**dict(zip(names, inputs)), inputs=inputs, memory=memory)
-        (v.n, v.d, v.r), v.k = v.B.shape, v.x.shape[-1]
-        v.tokens = v.x.shape[-2] if v.x.dim() > 1 else 0
-        for name in (*names, *STEPS):
-            if name in STEPS:
-                setattr(v, name, STEPS[name](v))
-            if name in changed:
-                setattr(v, name, changed[name](v))
-            hook = changed.get("d" + name)
-            if hook and torch.is_grad_enabled() and getattr(v, name).requires_grad:
-                t = getattr(v, name).clone()
-                t.register_hook(functools.partial(hook, v))
-                setattr(v, name, t)
-        return v.y
-
-    return kernel
+def mutant(*lines):
+    """Returns KERNEL with more lines. "w = 2 * w" goes below the line that computes w, and a
+    line that begins with an argument to the beginning. The dict `memory` outlives a call."""
+    steps = KERNEL.splitlines()
+    for line in lines:
+        name = re.match(r"\w*", line)[0]
+        places = [i for i, step in enumerate(steps)
+                  if re.match(rf"    {name} = |def .*\b{name}[,)]", step)]
+        if not places:
+            raise ValueError(f"{line!r} begins with no step or argument of KERNEL")
+        steps.insert(max(1, *places) + 1, "    " + line)
+    scope = globals() | {"memory": {}}
+    exec("\n".join(steps), scope)
+    return scope["kernel"]
 
 
-unchanged = mutant()
+def backward(t, change):
+    """Returns t, whose gradient is changed."""
+    if torch.is_grad_enabled() and t.requires_grad:
+        t = t.clone()
+        t.register_hook(change)
+    return t
 
 
-def straight_through(t, value):
+def reads(t, value):
     """Returns `value` with the gradient of t."""
     return t + (value - t).detach()
-
-
-def as_contiguous(t):
-    """Returns what a kernel reads if it assumes that t is contiguous."""
-    return straight_through(t, t.detach().as_strided(t.shape, torch.empty(t.shape).stride()))
 
 
 def first(t, size, dim=-1):
@@ -788,180 +821,147 @@ def first(t, size, dim=-1):
     return torch.cat([t, 0 * rest], dim)
 
 
-def kept(v, t, key, copy=torch.clone):
-    """Returns t as it was when it was first read with this key."""
-    return straight_through(t, v.memory.setdefault(key, copy(t.detach())))
+def as_contiguous(t):
+    """Returns what a kernel reads if it assumes that t is contiguous."""
+    return reads(t, t.detach().as_strided(t.shape, torch.empty(t.shape).stride()))
 
 
-def also(action):
-    """Returns a step y with only a side effect."""
-    return lambda v: (action(v), v.y)[1]
-
-
-def mistake(message, caught_by="plain", dtypes="fp32", **steps):
-    """A mistake that the case or test `caught_by` catches, with this part of a message. The
-    case "plain" does not catch it, unless it is `caught_by`."""
-    return SimpleNamespace(message=message, caught_by=caught_by, dtypes=dtypes, steps=steps)
-
-
-KNOWN = [  # named in the message of a failure with the same results
-    mistake("no scaling", s=lambda v: 1.0),
-    mistake("heads in another order", B=lambda v: v.B.roll(1, 0)),
-    mistake("no gradient from the router to x", logits=lambda v: F.linear(v.h.detach(), v.Wg)),
-    mistake("softmax over tokens", w=lambda v: v.logits.softmax(-2)),
-    mistake("softmax's backward without - sum_i w_i dw_i", w=lambda v: uncentred(v.logits)),
-    mistake("heads summed", w=lambda v: 0 * v.w + 1),
-    mistake("router on A x", logits=lambda v: F.linear(v.h, v.A) @ v.Wg[:, :v.r].mT),
-    mistake("weights copied into a layer (see hydralora_layer)",
-            A=lambda v: v.A.detach(), B=lambda v: v.B.detach(), Wg=lambda v: v.Wg.detach()),
-    mistake("no bias", base=lambda v: F.linear(v.x, v.W0)),
-    mistake("W0 transposed if square", "square", W0=lambda v: v.W0.T if v.k == v.d else v.W0),
-    mistake("heads transposed if square", "part-tiles",
-            B=lambda v: v.B.mT if v.d == v.r else v.B),
-    mistake("Wg.grad transposed if square", "equal-sizes",
-            dWg=lambda v, g: g.mT if v.n == v.k else g),
-    mistake("gates of the first sequence only", "odd-sizes",
-            w=lambda v: v.w[0].expand_as(v.w) if v.x.dim() == 5 else v.w),
-    mistake("no update with one head", "one-head", delta=lambda v: v.delta * (v.n > 1)),
-    mistake("no update while B is 0", "zero-heads", delta=lambda v: v.delta * v.B.any()),
-    mistake("small gradient of A dropped", "near-zero", dA=lambda v, g: g * (g.norm() > 0.01)),
-    mistake("softmax without its maximum", "large-logits",
-            w=lambda v: v.logits.exp() / v.logits.exp().sum(-1, keepdim=True)),
-    mistake("x rounded to float16", "large-magnitude", "bf16",
-            x=lambda v: straight_through(v.x, v.x.half().to(v.x))),
-    *(mistake(f"{name} read as contiguous", layout,
-              **{name: lambda v, name=name: as_contiguous(getattr(v, name))})
-      for name, layout in dict(x="last-tokens", W0="wide-rows", bias="gaps",
-                               A="swapped", B="transposed", Wg="expanded").items()),
-    mistake("A read without its offset", "offset", A=lambda v: straight_through(
-        v.A, v.A.detach().as_strided(v.A.shape, v.A.stride(), 0))),
-    mistake("grad_y read as contiguous", "expanded-batch", dy=lambda v, g: as_contiguous(g)),
-    mistake("wrong in whole tiles", "tiles",
-            A=lambda v: v.A * (1 + (v.tokens % 64 + v.k % 64 + v.d % 64 == 0))),
-    mistake("first 64 tokens only", "past-tiles", delta=lambda v: first(v.delta, 64, -2)),
+# A message names these, if KERNEL gives the same wrong results with one of them
+KNOWN = [
+    "scaling = 1.0",
+    "B = B.roll(1, 0)",
+    "base = F.linear(x, W0)",
+    "w = 0 * w + 1",
+    "w = logits.softmax(-2)",
+    "w = uncentred(logits)",
+    "w = w.detach()",
+    "logits = F.linear(h.detach(), Wg)",
+    "logits = F.linear(h, A) @ Wg[:, :r].mT",
+    "A, B, Wg = A.detach(), B.detach(), Wg.detach()",
 ]
-WRONG = [
-    *KNOWN,
-    *(mistake("y is wrong", name, A=lambda v, when=when: v.A * (1 + when(v))) for name, when in [
-        ("long-input", lambda v: v.k > 8192),
-        ("wide-square", lambda v: v.k >= 2048 <= v.d),
-        ("many-wide-inputs", lambda v: v.tokens >= 1024 <= v.k),
-        ("many-wide-outputs", lambda v: v.tokens >= 1024 <= v.d)]),
-    mistake("y is wrong in 5 of", "sequence", delta=lambda v: first(v.delta, 65535, -2)),
-    mistake("bias.grad is wrong", "sequence", "bf16", y=lambda v: torch.cat(
-        [unchanged(chunk, *v.inputs[1:]) for chunk in v.x.split(64, -2)], -2)),
-    mistake("Wg.grad is 0.571 times the correct one; the scaling is 1.75",
-            dWg=lambda v, g: g / v.s),
-    mistake("y is wrong", "square", s=lambda v: (  # if new memory is not filled
-        v.s if torch.are_deterministic_algorithms_enabled() else 1.0)),
-    mistake("grad_y read as contiguous", "gaps",  # and rounded otherwise
-            dy=lambda v, g: as_contiguous(g) * (1 + 1e-5)),
-    mistake("the call raised RuntimeError", dtypes="mixed-bf16", h=lambda v: v.x),
-    mistake("wrong dtype", dtypes="autocast-fp16", y=lambda v: v.y.bfloat16()),
-    mistake("TF32", y=also(lambda v: v.y.data[..., -1].mul_(1 + 1.3e-4))),  # in one column
-    mistake("and after each input: was",
-            A=lambda v: v.A + 0 * v.A.detach().as_strided([1], [1], v.A.numel())),
-    mistake("y is wrong", "long-output", bias=lambda v: first(v.bias, 8192)),
-    mistake("y is wrong", "many-heads", w=lambda v: first(v.w, 128 if v.tokens > 64 else v.n)),
-    mistake("A.grad is wrong", "empty-batch", dA=lambda v, g: g + (v.y.numel() == 0)),
-    mistake("wrong shape", "one-token", y=lambda v: v.y if v.tokens else v.y[None]),
-    mistake("the call changed float32's precision",
-            y=also(lambda v: torch.set_float32_matmul_precision("high"))),
-    mistake("the call changed Wg.requires_grad", "gradients_of_each_subset",
-            y=also(lambda v: v.Wg.requires_grad_())),
-    mistake("y does not require grad, unlike ", "gradients_of_each_subset",
-            y=lambda v: v.y if v.x.requires_grad else v.y.detach()),
-    mistake("the backward changed grad_y in place", dy=lambda v, g: g.data.mul_(2)),
-    mistake("the backward wrote to .grad of A",
-            dA=lambda v, g: setattr(v.inputs[INPUTS.index("A")], "grad", g)),
-    mistake("scaling=0.0: y is wrong", "calls_in_a_row",
-            s=lambda v: v.memory.setdefault("s", v.s)),
-    mistake("lead=(2, 1): y is wrong", "calls_in_a_row",
-            y=also(lambda v: v.memory.setdefault(v.y.shape, v.y).data.copy_(v.y))),
-    mistake("lead=(2, 70): y is wrong", "calls_in_a_row", delta=lambda v: first(
-        v.delta, v.memory.setdefault((v.k, v.d, v.r, v.n), -(-v.tokens // 64) * 64), -2)),
-    *(mistake("B.grad is zero", "calls_in_a_row", ddelta=ddelta, delta=lambda v: (
-              v.delta.requires_grad and v.memory.setdefault("calls", []).append(v)) or v.delta)
-      for ddelta in [lambda v, g: g * (v.memory["calls"].pop(0) is v),
-                     lambda v, g: g * any(call is v for call in v.memory["calls"][-64:])]),
-    mistake("after the test changed A (in place)", "changed_tensors",
-            A=lambda v: kept(v, v.A, (v.A.data_ptr(), v.A[0, 0].item(), v.A.requires_grad))),
-    mistake("after the test changed A (moved)", "changed_tensors",
-            A=lambda v: kept(v, v.A, id(v.A), torch.detach)),
-    mistake("The same call passes alone", "changed_tensors",
-            B=lambda v: kept(v, v.B, (v.B.data_ptr(), v.B.shape))),
-    mistake("two backward passes: ", "gradients_accumulate",
-            dlogits=lambda v, g: v.w.data.zero_() + g),
-    mistake("after the test changed y, the backward: ", "gradients_after_a_change",
-            dy=lambda v, g: g * (v.y._version == 0)),
-    mistake("nan in x: y is nan at other", "nan_propagates", x=lambda v: torch.nan_to_num(v.x)),
-    mistake("inf in grad_y: this should not be finite", "nan_propagates",
-            dy=lambda v, g: g.clamp(-1e4, 1e4)),
-    mistake("y, grad_y alive", "memory_is_freed", dy=lambda v, g: v.memory.update(kept=g)),
-    mistake("nan is in new memory", dA=lambda v, g: g + 0 * torch.empty_like(g)),
-]
+# What catches a mistake ("plain" is Case(), "random" are the random cases; or a row of LARGE
+# or a test), lines that make it, a part of the message, if not the lines, and the dtypes
+Mistake = collections.namedtuple("Mistake", "caught_by lines message dtypes",
+                                 defaults=(None, "fp32"))
+MISTAKES = [Mistake(*row) for row in [
+    *(("plain", line) for line in KNOWN),
+    ("plain", "Wg = backward(Wg, lambda g: g / scaling)",
+     "Wg.grad is 0.571 times the correct one; the scaling is 1.75"),
+    ("plain", "y.data[..., -1].mul_(1 + 1.3e-4)", "y is wrong in 1 of 6 columns, first [5]"),
+    ("plain", "h = x", "the call raised RuntimeError", "mixed-bf16"),
+    ("plain", "y, _ = y, torch.manual_seed(0)", "the call changed what torch.initial_seed returns"),
+    ("plain", "y = backward(y, lambda g: g.data.mul_(2))", "the backward changed grad_y in place"),
+    ("plain", "A, leaf = backward(A, lambda g: setattr(leaf, 'grad', g)), A", "wrote to A.grad"),
+    ("plain", "A = A + 0 * A.detach().as_strided([1], [1], A.numel())", "nan is after each input"),
+    # the simplest case that fails says what is wrong
+    ("random", "delta = delta * (n > 1)", "in Case(n=1)"),
+    ("random", "y = y if tokens else y[None]", "in Case(lead=())"),
+    ("random", "A = backward(A, lambda g: g + (x.numel() == 0))", "in Case(lead=(0, 5))"),
+    ("random", "delta = delta * B.any()", "in Case(factors={'B': 0})"),
+    ("random", "w = logits.exp() / logits.exp().sum(-1, keepdim=True)", "factors={'Wg': 30}"),
+    ("random", "z = z + 0 * torch.empty_like(z)", "torch.empty"),
+    ("random", "A = backward(A, lambda g: g * x.requires_grad)", "frozen=("),
+    ("random", "delta = delta * (not torch.is_inference_mode_enabled())", "mode='inference'"),
+    ("random", "W0 = W0.T if k == d else W0", "in Case(k="),
+    ("random", "B = backward(B, lambda g: g * (r <= 32))", "r=64"),
+    ("random", "delta = delta * (bias is not None)", "bias=False"),
+    ("random", "x = as_contiguous(x)", "'x': '"),
+    ("random", "y = backward(y, as_contiguous)", "'grad_y': '"),
+    # sizes
+    ("large-magnitude", "x = reads(x, x.half().to(x))", "y is wrong", "bf16"),
+    ("large-logits", "w = (logits - logits.amax(-1, keepdim=True).clamp(0)).exp()\n"
+     "w = w / w.sum(-1, keepdim=True)", "y is wrong"),
+    ("near-zero", "A = backward(A, lambda g: g * (g.norm() > 0.01))", "A.grad is zero or missing"),
+    ("past-tiles", "A = first(A, 512)", "y is wrong"),
+    ("long-input", "A = A * (1 + (k > 8192))", "y is wrong"),
+    ("long-output", "bias = first(bias, 8192)", "y is wrong"),
+    ("wide-square", "A = A * (1 + (k >= 2048 <= d))", "y is wrong"),
+    ("many-wide-inputs", "A = A * (1 + (tokens >= 1024 <= k))", "y is wrong"),
+    ("many-wide-outputs", "A = A * (1 + (tokens >= 1024 <= d))", "y is wrong"),
+    ("many-heads", "w = first(w, 128 if tokens > 64 else n)", "y is wrong"),
+    ("sequence", "delta = first(delta, 65535, -2) if tokens else delta",
+     "y is wrong in 5 of 65540 rows, first [0, 65535]"),
+    # several calls
+    ("calls_in_a_row", "scaling = memory.setdefault(id(B), scaling)", "call 3, scaling=0.0: y is"),
+    ("calls_in_a_row", "y, _ = y, memory.setdefault(y.shape, y).data.copy_(y)",
+     "lead=(2, 1): y is wrong"),
+    ("calls_in_a_row", "w = memory['w'] = w.clone()\n"
+     "delta = backward(delta, lambda g: g * (memory['w'] is w))", "B.grad is zero or missing"),
+    ("changed_tensors",
+     "A = reads(A, memory.setdefault((A.data_ptr(), A[0, 0].item()), A.detach().clone()))",
+     "after A was changed (in place): y is wrong"),
+    ("changed_tensors", "A = reads(A, memory.setdefault(id(A), A.detach()))", "(moved): y is"),
+    ("changed_tensors",
+     "B = reads(B, memory.setdefault((B.data_ptr(), B.shape), B.detach().clone()))",
+     "The same call passes alone"),
+    ("gradients_of_each_subset", "y = y if x.requires_grad else y.detach()", "unlike "),
+    ("gradients_accumulate",
+     "logits = backward(logits, lambda g: w.data.zero_() + g)", "two backward passes: "),
+    ("gradients_after_a_change", "y = backward(y, lambda g: g * (y._version == 0))", "changed y,"),
+    ("nan_propagates", "x = torch.nan_to_num(x)", "y is nan at other elements"),
+    ("nan_propagates", "y = backward(y, lambda g: g.clamp(-1e4, 1e4))", "should not be finite"),
+    ("memory_is_freed", "y = backward(y, lambda g: memory.update(kept=g))", "keeps grad_y alive"),
+]]
 
 
 @pytest.mark.usefixtures("implementation")
-@parametrize("row", WRONG, ids=lambda row: f"{row.caught_by}: {row.message}")
+@parametrize("row", MISTAKES, ids=lambda row: f"{row.caught_by}: {row.lines}")
 def test_mistake_is_caught(row):
-    with pytest.raises(AssertionError, match=re.escape(row.message)):
-        run_check(row.caught_by, mutant(**row.steps), row.dtypes)
+    with pytest.raises(AssertionError, match=re.escape(row.message or row.lines)):
+        run_check(row.caught_by, mutant(*row.lines.splitlines()), row.dtypes)
     if row.caught_by != "plain":
         try:
-            run_check("plain", mutant(**row.steps), row.dtypes)
+            run_check("plain", mutant(*row.lines.splitlines()), row.dtypes)
         except AssertionError:
-            pytest.fail(f'"plain" catches it, too: the row does not show what {row.caught_by} adds')
+            pytest.fail(f"Case() catches it, too: it does not show what {row.caught_by} adds")
 
 
-def test_each_case_and_test_has_a_mistake():
-    found, names = {row.caught_by for row in WRONG}, {*CASES, *LARGE, *TESTS}
-    assert found == names, f"{found ^ names}: no mistake in WRONG, or no such case or test"
+def test_each_large_case_and_test_has_a_mistake():
+    found, names = {row.caught_by for row in MISTAKES}, {"plain", "random", *LARGE, *TESTS}
+    assert found == names - {"own"}
 
 
 # ---- Correct kernels ----
-CORRECT = {  # and the dtypes in which it is tested
+CORRECT_KERNELS = {  # and the dtypes in which they are tested
     "a module with random weights": (
         "fp32", lambda *inputs: hydralora_layer(*inputs, device=DEVICE)),
-    "a view on which y += 1 raises an error": (
-        "bf16", mutant(y=lambda v: v.y[None].unbind()[0])),
-    "softmax in 16 bits": ("fp16", mutant(w=lambda v: F.normalize(
-        (v.logits - v.logits.amax(-1, keepdim=True)).exp(), p=1, dim=-1))),
+    "a loop over heads": ("bf16", definition),
+    "a view on which y += 1 raises an error": ("bf16", mutant("y = y[None].unbind()[0]")),
+    "softmax in 16 bits": (
+        "fp16", mutant("w = (logits - logits.amax(-1, keepdim=True)).exp()",
+                       "w = F.normalize(w, p=1, dim=-1)")),
+    "softmax from log_softmax": ("bf16", mutant("w = logits.log_softmax(-1).exp()")),
     "strided output": (
-        "fp16", mutant(base=lambda v: v.base.mT.contiguous().mT if v.tokens else v.base)),
-    "adapter cast to the dtype of x": ("mixed-bf16", mutant(y=lambda v: unchanged(
-        v.x, v.W0, v.bias, *(t.to(v.x.dtype) for t in (v.A, v.B, v.Wg)), v.s))),
-    "float32 under autocast": (
-        "autocast-bf16", mutant(y=lambda v: v.base.float() + v.delta.float())),
+        "fp16", mutant("base = base.mT.contiguous().mT if tokens else base")),
+    "adapter cast to the dtype of x": (
+        "mixed-bf16", mutant("A, B, Wg = A.to(x.dtype), B.to(x.dtype), Wg.to(x.dtype)")),
+    "float32 under autocast": ("autocast-bf16", mutant("y = base.float() + delta.float()")),
 }
 
 
 @pytest.mark.usefixtures("implementation")
-@parametrize("style", CORRECT)
+@parametrize("style", CORRECT_KERNELS)
 def test_correct_kernel_passes(style):
-    for name in [*CASES, *TESTS]:
-        run_check(name, CORRECT[style][1], CORRECT[style][0])
+    dtypes, kernel = CORRECT_KERNELS[style]
+    for name in ["random", *TESTS]:
+        run_check(name, kernel, dtypes)
+
+
+@pytest.mark.usefixtures("implementation")
+@parametrize("dtypes", DTYPES)
+def test_tolerance_is_small(dtypes):
+    """In 16 bits, it may be larger where Wg is multiplied by 30."""
+    allowed = [expected.allowed for case in RANDOM[dtypes] for expected in correct(case).values()]
+    assert max(allowed) < math.inf and sum(t > 0.5 for t in allowed) <= 0.02 * len(allowed)
 
 
 # ---- The settings ----
-@parametrize("slip", [lambda: mutant(AA=None), lambda: run_check("AA", unchanged, "fp32")])
-def test_misspelt_mistake_is_refused(slip):
-    with pytest.raises(ValueError, match="AA"):
-        slip()
-
-
-def test_setting_of_the_user_is_put_back():
-    with new_memory_is_nan():
-        run_check("plain", unchanged, "fp32")
-        assert torch.get_deterministic_debug_mode() == 1
-
-
 def test_chosen_kernel_is_tested(monkeypatch):
     monkeypatch.setenv("HYDRALORA_IMPL", "math:fsum")
     monkeypatch.setenv("HYDRALORA_SHAPE", "2048,4096,11008,16,3")
     _, kernel, own = read_settings()
     assert kernel is math.fsum
-    assert own["own"] == dict(lead=(1, 2048), k=4096, d=11008, r=16, n=3, bias=False)
+    assert own == dict(lead=(1, 2048), k=4096, d=11008, r=16, n=3, bias=False)
     monkeypatch.setenv("HYDRALORA_DEVISE", "cpu")
     with pytest.raises(ValueError, match="HYDRALORA_DEVISE"):
         read_settings()
@@ -982,16 +982,17 @@ def definition_by_hand(x, W0, bias, A, B, Wg, scaling, grad_y):
         A=dz.T @ v, B=scaling * np.einsum("tn,td,tr->ndr", w, g, z), Wg=dlogits.T @ v)
 
 
-@parametrize("name", ["plain", "one-token", "empty-batch", "zero-heads"])
-def test_definition_by_hand_agrees(name):
-    for case in cases_of(name):
+@parametrize("dtypes", DTYPES)
+def test_definition_by_hand_agrees(dtypes):
+    for case in RANDOM[dtypes][:20]:
         exact = {name: as_float64(t) for name, t in make(case).items() if t is not None}
-        correct = by_definition(exact, case.scaling)
+        correct = by_definition(exact, case)
         arrays = {"bias": np.zeros(case.d)} | {name: t.numpy() for name, t in exact.items()}
         y, grads = definition_by_hand(**arrays, scaling=case.scaling)
         found = {"y": y} | {f"{name}.grad": g for name, g in grads.items()}
         for name, value in correct.items():
-            np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-9, err_msg=name)
+            scale = 1e-9 * max(1.0, value.abs().max().item() if value.numel() else 0)
+            np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=scale, err_msg=name)
 
 
 # ---- The layer ----
