@@ -33,18 +33,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__version__ = "0.14.0"
+__version__ = "0.15.0"
 
 
 # ---- The layer ----
 # MIT License, (c) 2026 the "HydraLoRA in one file" authors. To copy this section, also
 # import copy, math, torch, torch.nn.functional as F; from torch import nn
 # Freeze the model, then wrap. A module that reads base's weight, instead of calling the
-# layer, bypasses the update: nn.MultiheadAttention, nn.TransformerEncoderLayer, Mamba.
+# layer, bypasses the update: nn.MultiheadAttention, nn.TransformerEncoderLayer, Mamba, WavLM.
 class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
     """Eq. 4: x (..., k) -> gates w (..., n).
 
-    A subclass may return other gates (..., n), or (b, 1, n) for whole sequences.
+    A subclass may return other gates (..., n), or (b, 1, n) for whole sequences. With the
+    latter, a token sees later ones, so generating with a cache and without differs.
     """
 
     def __init__(self, k, n, device=None, dtype=None):
@@ -76,8 +77,10 @@ class HydraLoRALinear(nn.Module):
     router_class = Router  # or a subclass
 
     def __init__(self, base, *, num_heads=3, r=8, lora_alpha=16, lora_dropout=0.0):
-        if not isinstance(base, nn.Linear) or num_heads < 1:
-            raise ValueError("needs an nn.Linear and at least one head")
+        if not isinstance(base, nn.Linear):
+            raise ValueError(f"base must be an nn.Linear, got {type(base).__name__}")
+        if num_heads < 1 or r < 1:
+            raise ValueError(f"num_heads and r must be at least 1, got {num_heads} and {r}")
         super().__init__()
         k, d = base.in_features, base.out_features
         self.in_features, self.out_features = k, d
@@ -149,19 +152,21 @@ class HydraLoRALinear(nn.Module):
 # A LoRA's update, B A x, is linear in x at any rank. If x is the sum of a part for the
 # domain (a topic or task) and a part for the word, so is the update, which then cannot
 # treat a word differently in two domains. Nor can HydraLoRA with one w for all tokens,
-# because Eq. 3 is then a LoRA with B = sum_i w_i B_i. A router makes w depend on x, so
-# tokens of different domains get different matrices. Right beside a non-linearity, which
-# can combine the two parts itself, a LoRA may be enough, as on up_proj and down_proj in
-# train_toy.py.
+# because Eq. 3 is then a LoRA with B = sum_i w_i B_i. In the paper, too, equal gates
+# ("w/o gate", Fig. 6) are no better than a LoRA with r = 8: 42.81 and 43.22 on MMLU. A
+# router makes w depend on x, so tokens of different domains get different matrices.
+# Right beside a non-linearity, which can combine the two parts itself, a LoRA may be
+# enough, as on up_proj and down_proj in train_toy.py.
 #
 # Why is A shared, and not B?
 # In the paper, LoRAs of different tasks have A's that "tend to converge" and B's that
-# are "distinguishable" (Observation II). This alone does not show that tasks can share an
-# A. A's with a common start stay alike until they have moved far from it, but B's do not,
-# because they start at 0. What speaks for one A is size: N LoRAs have N r (k + d)
-# parameters, but one A with N heads has r (k + N d). One B would save as much if k = d.
-# It reads N r features of x and writes to r of y, and one A does the reverse. In
-# train_toy.py, one A is a point better.
+# are "distinguishable" (Observation II). This alone does not show that tasks can share
+# an A. A's with a common start stay alike until they have moved far from it, but B's do
+# not, because they start at 0. The argument for one A is size: N LoRAs have N r (k + d)
+# parameters, but one A with N heads has r (k + N d). One B with N A's would save as
+# much if k = d. It would read N r features of x and write to r of y, and one A does
+# the reverse. On o_proj in train_toy.py, one A is slightly better if domains
+# disagree.
 #
 # Why do the heads differ?
 # For one token, let g = dL/dy, let l = Wg^T x be the logits, so that w = softmax(l),
@@ -171,6 +176,7 @@ class HydraLoRALinear(nn.Module):
 #     dL/dA   = s sum_i w_i B_i^T g x^T    A learns through all heads
 #     dL/dw_i = s g . B_i A x              negative if more of head i would lower the loss
 #     dL/dl_i = w_i (dL/dw_i - sum_j w_j dL/dw_j)    head i, compared with the mixture
+#     dL/dWg  = x (dL/dl)^T
 #
 # At the start, all B_i are 0, so the gradients of A and Wg are 0, and those of the
 # heads differ only by w_i. Without the random start of Wg, only rounding would part them.
@@ -178,22 +184,19 @@ class HydraLoRALinear(nn.Module):
 # and then counts more in their gradients. So a small preference grows.
 #
 # Why do the heads divide the tokens, and by what?
-# If a word needs different answers in two domains, no single head suits both, so it pays
-# to divide the domains. A step of SGD on a token x changes the logits of x' by
-# -lr (x . x') dL/dl, so similar tokens come to prefer the same head. What the heads have
-# in common cancels in dL/dl, so only their differences turn the router. The router tends
-# to turn first to what varies most in x, if the loss depends on it. In train_toy.py, this
-# is the domain on o_proj and the symbol on q_proj, and the heads follow it. On v_proj,
-# the symbol varies more, but the heads rather follow the domain.
-#
-# What does AdamW change?
-# AdamW divides each gradient by its usual size, so w_i decides from which tokens a head
-# learns, but not how fast. With SGD, a head whose gates are nearly 0 stays as it is, but
-# with AdamW, it moves while its gradients exceed eps, and can come back.
+# If a word needs different answers in two domains, no single head suits both, so it
+# pays to divide the domains. A step of SGD on a token x changes the logits of x' by -lr
+# (x . x') dL/dl, so similar tokens come to prefer the same head. What the heads have in
+# common cancels in dL/dl, so only their differences turn the router. The router tends
+# to turn first to what varies most in x, if the loss depends on it. In train_toy.py,
+# this is the domain on o_proj and the symbol on q_proj, and the heads follow it. On
+# v_proj, adapted with q_proj, the symbol varies more, but the heads rather follow the
+# domain. Heads can also divide the domains in vain: on o_proj, they follow the domain,
+# though less, even if all domains have one cipher, where nothing is won by it.
 
 
 # ---- Choices ----
-# Where the paper is silent or unclear. The official code is commit afb693b of
+# The paper is silent or unclear here. The official code is commit afb693b of
 # https://github.com/Clin0212/HydraLoRA, the script is its fine-tuning.sh.
 #
 # [1] The router reads x, as in Eq. 4 and the official code. But the paper prints Wg as
@@ -205,8 +208,9 @@ class HydraLoRALinear(nn.Module):
 # [4] The update is scaled by lora_alpha / r, as in LoRA; in the script, by 32 / 4.
 # [5] The router sees x without dropout. All heads share one dropout mask. The official
 #     code draws one for each head, so heads differ even with equal gates.
-# [6] The paper's parameter counts fit adapters on q_proj and v_proj (Figs. 3 and 9). The
-#     script adapts gate_proj, up_proj and down_proj.
+# [6] The paper's parameter counts fit adapters on q_proj and v_proj (Figs. 3 and 9). But
+#     the script adapts gate_proj, up_proj and down_proj, and the authors say that their
+#     experiments did, too (issues 6, 7, 26).
 # [7] Merging uses one w for all tokens. The paper merges "based on the input" (Sec.
 #     3.2.2), which we read as: for each token.
 # [8] k-means sets only N, as in the official README.
@@ -354,7 +358,7 @@ def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
         linears = {name: m for name, m in model.named_modules()
                    if isinstance(m, nn.Linear) and f".{name}".endswith(f".{target}")}
         if not linears:
-            raise ValueError(f"no nn.Linear is named {target!r}")
+            raise ValueError(f"no nn.Linear is named {target!r}, or it is adapted already")
         for name, base in linears.items():
             parent = model.get_submodule(name.rpartition(".")[0])
             if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
@@ -387,7 +391,7 @@ def _watch_gates(model, f):
 def record_gates(model):
     """Context manager: a dict name -> w (..., n) of the last forward, detached.
 
-    A model that was compiled and called before ignores new hooks: the dict stays empty.
+    A model that was compiled and called before may ignore new hooks. Then the dict is empty.
     """
     gates = {}
     with _watch_gates(model, gates.__setitem__):
@@ -458,10 +462,11 @@ def hydralora_state_dict(model):
 def load_hydralora_state_dict(model, state):
     """Copy the adapter into the model and return it, or raise and change nothing."""
     own = hydralora_state_dict(model)
-    wrong = [key for key in own.keys() | state.keys()
-             if key not in own or key not in state or own[key].shape != state[key].shape]
-    if wrong:
-        raise ValueError(f"state and model differ, first in {min(wrong)!r}")
+    for key in sorted(own.keys() | state.keys()):
+        wrong = ("is missing" if key not in state else "is unknown" if key not in own else
+                 "has another shape" if own[key].shape != state[key].shape else "")
+        if wrong:
+            raise ValueError(f"state and model differ, first in {key!r}, which {wrong}")
     model.load_state_dict(state, strict=False)
     return model
 
