@@ -187,12 +187,12 @@ class HydraLoRALinear(nn.Module):
 # If a word needs different answers in two domains, no single head suits both, so it
 # pays to divide the domains. A step of SGD on a token x changes the logits of x' by -lr
 # (x . x') dL/dl, so similar tokens come to prefer the same head. What the heads have in
-# common cancels in dL/dl, so only their differences turn the router. The router tends
-# to turn first to what varies most in x, if the loss depends on it. In train_toy.py,
-# this is the domain on o_proj and the symbol on q_proj, and the heads follow it. On
-# v_proj, adapted with q_proj, the symbol varies more, but the heads rather follow the
-# domain. Heads can also divide the domains in vain: on o_proj, they follow the domain,
-# though less, even if all domains have one cipher, where nothing is won by it.
+# common cancels in dL/dl, so only their differences turn the router. It tends to turn
+# first to what varies most in x, if the loss depends on it: in train_toy.py, to the
+# domain on o_proj and to the symbol on q_proj. But variance is not all: v_proj, adapted
+# with q_proj, reads the same x, and its heads rather follow the domain. Nor need it
+# help to divide the domains: on o_proj, heads follow them, though less, even if all
+# domains have one cipher, where nothing is won by it.
 
 
 # ---- Choices ----

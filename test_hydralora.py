@@ -13,8 +13,8 @@ The tests with "oracle" in their names test a kernel:
     HYDRALORA_IMPL=module:function python -m pytest test_hydralora.py -k oracle -x --tb=short
 
 Without HYDRALORA_IMPL, they test this project's layer. HYDRALORA_DEVICE sets the device,
-by default cuda if available. HYDRALORA_SHAPE=tokens,k,d,r,n adds a case of your sizes:
-2048,4096,11008,16,3 is the up_proj of a 7B model.
+by default cuda if available. HYDRALORA_SHAPE=2048,4096,11008,16,3 adds a case of your
+tokens, k, d, r and n.
 
 A kernel must take any strides, any n, and any number of tokens, including none. It may
 return no gradients of W0 and bias, since the base may be frozen. Under autocast, y may
@@ -23,7 +23,7 @@ have autocast's dtype or float32. A kernel that computes in TF32 fails the fp32 
 does not prove that a kernel adds in float32.
 
 Most cases are drawn at random, always the same ones. The id of a test, such as
-test_oracle_results[17-gradients-3d-aligned-bias-fp32], says what the kernel must support.
+test_oracle_results[2-gradients-3d-odd-bias-fp32], says what the kernel must support.
 Leave out what yours does not:
 
     -k "oracle and not gradients"       it has no backward
@@ -32,25 +32,26 @@ Leave out what yours does not:
     -k "oracle and not fp64 and not mixed and not autocast"    one dtype, at most 32 bits
     -k "oracle and not slow and fp32"   for a first verdict, in seconds
 
-A failure names the simplest case that fails in the same way, as in
+test_oracle_results names the simplest case that fails in the same way, such as
 Case(dtypes='bf16', bias=False). To repeat it:
 
-    from my_module import my_kernel
     from test_hydralora import *
+    from my_module import my_kernel
     check(Call(my_kernel, Case(dtypes='bf16', bias=False)))
 
 No test runs torch.compile: for custom ops, use torch.library.opcheck, too.
 
 To use the oracle, stop here. From "By hand" on, the tests are about this project alone.
 
-To let cases vary in something else, add a field to Case, and choose it at the end of
-random_case, because the choices before it must stay. To add a test, write it above TESTS:
+To let cases vary in something else, add a field at the end of Case, use it in make, and
+choose it at the end of random_case, because the choices before it must stay. To add a
+test, write it above TESTS:
 
     @each_of(GENERAL)
     def test_oracle_negative_scaling(implementation, case):
         check(Call(implementation, replace(case, scaling=-1.0)))
 
-Then add to MISTAKES a line that makes KERNEL wrong in a way that only your test catches:
+Then add to MISTAKES a line that makes KERNEL wrong for your test, but not for Case():
 
     ("negative_scaling", "scaling = abs(scaling)", "y is wrong"),
 """
@@ -66,7 +67,6 @@ import os
 import pkgutil
 import random
 import re
-import subprocess
 import sys
 import warnings
 from dataclasses import dataclass, field, replace
@@ -115,16 +115,16 @@ def hydralora_layer(x, W0, bias, A, B, Wg, scaling, device="meta"):
 
 
 def read_settings():
-    """Returns what the environment names: the device, the kernel and sizes, or {}."""
+    """Returns the device, the kernel, and a case of the user's sizes, or {}."""
     settings = {name: value for name, value in os.environ.items() if name.startswith("HYDRALORA_")}
     device = settings.pop("HYDRALORA_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
     name, shape = settings.pop("HYDRALORA_IMPL", None), settings.pop("HYDRALORA_SHAPE", None)
-    kernel, own = pkgutil.resolve_name(name) if name else hydralora_layer, {}
+    kernel, own = hydralora_layer if name is None else pkgutil.resolve_name(name), {}
     if settings or not callable(kernel):
         raise ValueError(f"{[*settings] or name}: use HYDRALORA_IMPL=module:function")
-    if shape and not re.fullmatch(r"\d+(,0*[1-9]\d*){4}", shape):
-        raise ValueError(f"HYDRALORA_SHAPE={shape}: use tokens,k,d,r,n")
-    if shape:
+    if shape is not None:
+        if not re.fullmatch(r"\d+(,0*[1-9]\d*){4}", shape):
+            raise ValueError(f"HYDRALORA_SHAPE={shape}: use tokens,k,d,r,n")
         tokens, *sizes = map(int, shape.split(","))
         own = dict(zip("kdrn", sizes), lead=(1, tokens), bias=False)
     torch.empty(1, device=device)
@@ -218,8 +218,8 @@ LAYOUTS = {  # how a tensor of two or more axes lies in memory, if not contiguou
 SIZES = [  # of k and d, and ranks
     ((16, 32, 64, 128, 256), (16, 32, 64)),
     ((1, 3, 4, 7, 8, 20, 33, 64, 73, 128, 150, 256), (1, 3, 4, 8, 16, 33, 64))]
-LEADS = ((), (1,), (5,), (40,), (130,), (2, 5), (0, 5), (1, 128), (2, 65), (16, 1), (300, 2),
-         (2, 3, 10), (3, 1, 4), (2, 1, 3, 5))
+LEADS = ((), (1,), (1, 1), (5,), (40,), (130,), (2, 5), (0, 5), (1, 128), (2, 65), (16, 1),
+         (300, 2), (2, 3, 10), (3, 1, 4), (2, 1, 3, 5))
 FACTORS = ({}, {}, {}, {}, {},
            dict(B=0),                               # as at the start of training
            dict(x=0),                               # as padding
@@ -233,8 +233,8 @@ def random_case(dtypes, seed):
     sizes, ranks = choose(SIZES)
     k, d, r = choose(sizes), choose(sizes), choose(ranks)
     layout, named = choose([*LAYOUTS]), (*INPUTS, "grad_y")
-    if layout.startswith("one-"):  # if more were equal, gradients might cancel
-        named = [choose(["x", "W0", "bias", "A", "grad_y"])]
+    if layout.startswith("one-"):  # of all tensors, it would make gradients cancel
+        named = ("W0", "bias", "A", choose(["x", "grad_y"]))
     return Case(
         dtypes, choose(["gradients", "gradients", "gradients", "values", "inference"]),
         choose(LEADS), k, d, r,
@@ -367,8 +367,8 @@ def correct(case):
 
 
 def errors(found, value, norm):
-    """Returns the norms of the errors of rows and columns, relative to those of an average
-    row or column."""
+    """Returns the norms of the errors of rows and columns, relative to the norm of an
+    average row or column."""
     off = as_float64(found) - value
     parts = dict(rows=off.norm(dim=-1), columns=off.reshape(-1, off.shape[-1]).norm(dim=0))
     return {part: each.nan_to_num(math.inf) * each.numel()**0.5 / norm
@@ -419,12 +419,12 @@ def new_memory_is_nan():
 
 
 class Call:
-    """A call of a kernel, on these inputs or those of the case. `moment`, with which the
-    message of a failure begins, is None if the kernel was not called before."""
+    """A call of a kernel, on these inputs or those of the case. The message of a failure
+    begins with `moment`, and says whether the same call passes alone, if it is not alone."""
 
-    def __init__(self, kernel, case, inputs=None, moment=""):
+    def __init__(self, kernel, case, inputs=None, moment="", alone=False):
         __tracebackhide__ = True
-        self.kernel, self.case, self.moment = kernel, case, moment
+        self.kernel, self.case, self.moment, self.alone = kernel, case, moment, alone
         with MODES[case.mode]():
             self.inputs = dict(inputs or make(case))
         self.before = {name: t.detach().clone() for name, t in self.inputs.items()
@@ -495,11 +495,11 @@ class Call:
 
     def fail(self, message, advice=""):
         __tracebackhide__ = True
-        if self.moment is not None and not failure(self.kernel, self.case):
+        if not self.alone and not failure(self.kernel, self.case):
             advice = LEFT_BEHIND
         shapes = ", ".join(f"{name} {(*t.shape,)}" for name, t in self.before.items())
         raise AssertionError("\n".join(filter(None, [
-            f"{self.moment or ''}{message}", f"in {self.case}: {shapes}", advice]))) from None
+            f"{self.moment}{message}", f"in {self.case}: {shapes}", advice]))) from None
 
 
 def check(*calls):
@@ -520,7 +520,7 @@ changed since: a cache, a workspace, a tensor saved without save_for_backward, n
 
 
 def describe(case, found, wrong):
-    """Returns what is wrong, where, and by how much, and advice or ""."""
+    """Returns what is wrong, where, by how much, and advice or ""."""
     worst, places, advice = wrong[0], [], ""
     given, (value, norm, allowed) = as_float64(found[worst]), correct(case)[worst]
     parts = errors(given, value, norm)
@@ -543,23 +543,26 @@ def describe(case, found, wrong):
     return "\n".join(lines), advice
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # in any mode
 @torch.enable_grad()
-def failure(kernel, case, moment=None):
+def failure(kernel, case, alone=True):
     """Returns the message of a call, or ""."""
     try:
-        check(Call(kernel, case, moment=moment))
+        check(Call(kernel, case, alone=alone))
     except AssertionError as error:
         return str(error)
     return ""
 
 
 def simpler(case, plain):
-    """Yields the case with one difference less from `plain`."""
+    """Yields cases with one difference fewer from `plain`."""
     for name, value in vars(case).items():
         if isinstance(value, dict):
             for key in value:
                 yield replace(case, **{name: {k: v for k, v in value.items() if k != key}})
+        elif name == "frozen":
+            for key in value:
+                yield replace(case, frozen=tuple(other for other in value if other != key))
         elif name != "dtypes" and value != getattr(plain, name):
             yield replace(case, **{name: getattr(plain, name)})
 
@@ -570,7 +573,7 @@ def simplest(kernel, case, message, keep_id):
     def kind(message):  # as in "y is wrong", "the call raised TypeError"
         return re.findall(r"[\w.]+", message)[:4 if message.startswith("the call raised") else 3]
 
-    plain = Case(**SQUARE) if keep_id and "aligned" in case.id else Case()
+    plain = Case(k=64, d=64, r=16) if keep_id and "aligned" in case.id else Case()
     for other in simpler(case, plain):
         again = failure(kernel, other) if other.id == case.id or not keep_id else ""
         if again and kind(again) == kind(message):
@@ -579,20 +582,23 @@ def simplest(kernel, case, message, keep_id):
 
 
 def lines_like(kernel, case):
-    """Returns the lines of KNOWN with which KERNEL gives the same results: the correct ones
-    are correct, the wrong ones are off by far more than they differ."""
+    """Returns the lines of KNOWN with which KERNEL gives the same wrong results."""
     found, lines = Call(kernel, case).results(), []
     for line in KNOWN:
-        with contextlib.suppress(Exception):  # it does not run on this case
+        with contextlib.suppress(Exception):  # it does not run here
             other = Call(mutant(line), case).results()
-            for name, t in found.items():
-                value, norm, allowed = correct(case)[name]
-                norm = max(norm, t.norm().item())
-                error = largest(errors(t, value, norm))
-                far = error / 20 if error > allowed else allowed
-                assert largest(errors(other[name], as_float64(t), norm)) <= min(far, allowed)
-            lines.append(line)
+            if all(alike(other[name], found[name], correct(case)[name]) for name in found):
+                lines.append(line)
     return lines
+
+
+def alike(other, found, expected):
+    """Whether both are correct, or wrong by far more than they differ."""
+    found = as_float64(found)
+    norm = max(expected.norm, found.norm().item())
+    error = largest(errors(found, expected.value, norm))
+    far = error / 20 if error > expected.allowed else math.inf
+    return largest(errors(other, found, norm)) <= min(far, expected.allowed)
 
 
 # ---- The tests ----
@@ -613,7 +619,7 @@ def each_of(cases):
 
 @each_of(sorted(itertools.chain(*RANDOM.values()), key=lambda case: case.seed))
 def test_oracle_results(implementation, case):
-    message = failure(implementation, case, moment="")
+    message = failure(implementation, case, alone=False)
     if message and LEFT_BEHIND not in message:
         keep_id = bool(failure(implementation, Case(case.dtypes)))  # it may not support Case()
         case, message = simplest(implementation, case, message, keep_id)
@@ -625,13 +631,13 @@ def test_oracle_results(implementation, case):
 
 
 @contextlib.contextmanager
-def or_raises(error):
+def or_raises(error, moment):
     """PyTorch may raise this error instead."""
     try:
         yield
     except RuntimeError as raised:
         if not error or not re.search(error, str(raised)):
-            raise AssertionError(f"raised RuntimeError: {raised}") from None
+            raise AssertionError(f"{moment}RuntimeError: {raised}") from None
 
 
 @each_of(GENERAL)
@@ -643,7 +649,7 @@ def test_oracle_calls_in_a_row(implementation, case):
     changes = [
         {}, {}, dict(scaling=0.0), dict(scaling=-1.75), dict(lead=(2, 1)), dict(seed=1),
         dict(lead=(2, 70)), dict(lead=(2, 0)), dict(lead=(2, 1), seed=1), dict(r=32),
-        dict(bias=not case.bias), dict(n=20), {},
+        dict(bias=False), dict(n=20), {},
         dict(layouts=dict.fromkeys(INPUTS, "tokens-first")), {}]
     start, calls = make(case), []
     for change in times * changes:
@@ -690,10 +696,10 @@ def test_oracle_gradients_of_each_subset(implementation, case):
 def test_oracle_gradients_accumulate(implementation, case):
     """Two calls add up in .grad, and so do two backward passes of one call, or PyTorch
     raises an error (as it does for a compiled kernel)."""
-    for what, calls, passes in (("two calls", 2, 1), ("two backward passes", 1, 2)):
+    for moment, calls, passes in (("two calls: ", 2, 1), ("two backward passes: ", 1, 2)):
         inputs = make(case)
-        made = [Call(implementation, case, inputs, f"{what}: ") for _ in range(calls)]
-        with or_raises("second time|donated" if passes > 1 else None):
+        made = [Call(implementation, case, inputs, moment) for _ in range(calls)]
+        with or_raises("second time|donated" if passes > 1 else None, moment):
             for _ in range(passes):
                 torch.autograd.backward([call.y for call in made], [call.grad_y for call in made],
                                         retain_graph=passes > 1)
@@ -707,7 +713,7 @@ def test_oracle_gradients_after_a_change(implementation, case):
     for name in ("y", *case.inputs):
         moment = f"after the test changed {name}, the backward: "
         call = Call(implementation, case, None, moment)
-        with or_raises("inplace operation|modified inplace|in-place operation"):
+        with or_raises("inplace operation|modified inplace|in-place operation", moment):
             (call.y if name == "y" else call.inputs[name].detach()).add_(1)
             call.compare(call.gradients())
 
@@ -788,15 +794,15 @@ def kernel(x, W0, bias, A, B, Wg, scaling):
 
 def mutant(*lines):
     """Returns KERNEL with more lines. "w = 2 * w" goes below the line that computes w, and a
-    line that begins with an argument to the beginning. The dict `memory` outlives a call."""
+    line that begins with an argument goes above `base`. The dict `memory` outlives a call."""
     steps = KERNEL.splitlines()
     for line in lines:
         name = re.match(r"\w*", line)[0]
-        places = [i for i, step in enumerate(steps)
-                  if re.match(rf"    {name} = |def .*\b{name}[,)]", step)]
+        step = "base" if name in (*INPUTS, "scaling") else name
+        places = [i for i, each in enumerate(steps) if each.startswith(f"    {step} = ")]
         if not places:
             raise ValueError(f"{line!r} begins with no step or argument of KERNEL")
-        steps.insert(max(1, *places) + 1, "    " + line)
+        steps.insert(max(places) + (step == name), "    " + line)
     scope = globals() | {"memory": {}}
     exec("\n".join(steps), scope)
     return scope["kernel"]
@@ -826,7 +832,7 @@ def as_contiguous(t):
     return reads(t, t.detach().as_strided(t.shape, torch.empty(t.shape).stride()))
 
 
-# A message names these, if KERNEL gives the same wrong results with one of them
+# A message names those lines that give the same wrong results
 KNOWN = [
     "scaling = 1.0",
     "B = B.roll(1, 0)",
@@ -851,19 +857,18 @@ MISTAKES = [Mistake(*row) for row in [
     ("plain", "h = x", "the call raised RuntimeError", "mixed-bf16"),
     ("plain", "y, _ = y, torch.manual_seed(0)", "the call changed what torch.initial_seed returns"),
     ("plain", "y = backward(y, lambda g: g.data.mul_(2))", "the backward changed grad_y in place"),
-    ("plain", "A, leaf = backward(A, lambda g: setattr(leaf, 'grad', g)), A", "wrote to A.grad"),
     ("plain", "A = A + 0 * A.detach().as_strided([1], [1], A.numel())", "nan is after each input"),
-    # the simplest case that fails says what is wrong
+    # the simplest case names the cause
     ("random", "delta = delta * (n > 1)", "in Case(n=1)"),
     ("random", "y = y if tokens else y[None]", "in Case(lead=())"),
     ("random", "A = backward(A, lambda g: g + (x.numel() == 0))", "in Case(lead=(0, 5))"),
     ("random", "delta = delta * B.any()", "in Case(factors={'B': 0})"),
     ("random", "w = logits.exp() / logits.exp().sum(-1, keepdim=True)", "factors={'Wg': 30}"),
-    ("random", "z = z + 0 * torch.empty_like(z)", "torch.empty"),
-    ("random", "A = backward(A, lambda g: g * x.requires_grad)", "frozen=("),
+    ("random", "z = z + 0 * torch.empty_like(z) if torch.get_deterministic_debug_mode() else z",
+     "nan is in new memory"),
+    ("random", "A = backward(A, lambda g: g * x.requires_grad)", "frozen=('x',)"),
     ("random", "delta = delta * (not torch.is_inference_mode_enabled())", "mode='inference'"),
     ("random", "W0 = W0.T if k == d else W0", "in Case(k="),
-    ("random", "B = backward(B, lambda g: g * (r <= 32))", "r=64"),
     ("random", "delta = delta * (bias is not None)", "bias=False"),
     ("random", "x = as_contiguous(x)", "'x': '"),
     ("random", "y = backward(y, as_contiguous)", "'grad_y': '"),
@@ -925,8 +930,6 @@ def test_each_large_case_and_test_has_a_mistake():
 CORRECT_KERNELS = {  # and the dtypes in which they are tested
     "a module with random weights": (
         "fp32", lambda *inputs: hydralora_layer(*inputs, device=DEVICE)),
-    "a loop over heads": ("bf16", definition),
-    "a view on which y += 1 raises an error": ("bf16", mutant("y = y[None].unbind()[0]")),
     "softmax in 16 bits": (
         "fp16", mutant("w = (logits - logits.amax(-1, keepdim=True)).exp()",
                        "w = F.normalize(w, p=1, dim=-1)")),
@@ -950,7 +953,7 @@ def test_correct_kernel_passes(style):
 @pytest.mark.usefixtures("implementation")
 @parametrize("dtypes", DTYPES)
 def test_tolerance_is_small(dtypes):
-    """In 16 bits, it may be larger where Wg is multiplied by 30."""
+    """But for a few with Wg times 30."""
     allowed = [expected.allowed for case in RANDOM[dtypes] for expected in correct(case).values()]
     assert max(allowed) < math.inf and sum(t > 0.5 for t in allowed) <= 0.02 * len(allowed)
 
@@ -1059,7 +1062,6 @@ def test_dtypes(dtype):
 
 
 def test_layer_can_be_copied_alone():
-    """It runs its example with the imports that its first lines name."""
     file = Path(sys.modules[HydraLoRALinear.__module__].__file__).read_text(encoding="utf-8")
     section, names = re.search("# ---- The layer(.*?)\n# ---- ", file, re.S)[1], {}
     exec(re.search("# (import .*)", section)[1] + "\n#" + section, names)
@@ -1296,7 +1298,7 @@ class Subclass(torch.Tensor):
 
 @parametrize("word, call", [
     ("nn.Linear", lambda: HydraLoRALinear(make_layer())),
-    ("head", lambda: make_layer(num_heads=0)),
+    *(("at least 1", lambda name=name: make_layer(**{name: 0})) for name in ("num_heads", "r")),
     (r"4 numbers, got \[4, 1\]", lambda: make_layer().to_lora(GATES[:, None])),
     ("Own overrides forward", lambda: make_layer(
         layer=type("Own", (HydraLoRALinear,), dict(forward=print))).to_lora(GATES)),
@@ -1331,6 +1333,7 @@ def test_bad_call_is_refused(word, call):
 @parametrize("model, target_modules, word", [
     (plain_model(), ["o_proj", "norm"], "named 'norm'"),
     (plain_model(), "proj", "named 'proj'"),
+    (adapted_model(), "q_proj", "adapted already"),
     (nn.TransformerEncoderLayer(8, 2), "linear1", "TransformerEncoderLayer may bypass"),
     (type("Own", (nn.MultiheadAttention,), {})(8, 2), "out_proj", "Own may bypass")])
 def test_refused_injection_changes_nothing(model, target_modules, word):
@@ -1344,9 +1347,10 @@ def test_refused_loading_and_merging_change_nothing():
     model = adapted_model()
     logits, state = model(IDS), hydralora_state_dict(model)
     doubled, (*_, last) = {key: 2 * t for key, t in state.items()}, state
-    for bad, key in (({}, "layers.0.q_proj.lora_A"), (doubled | {"more": IDS}, "more"),
-                     (doubled | {last: state[last].T}, last)):
-        with pytest.raises(ValueError, match=f"first in '{key}'"):
+    for bad, word in (({}, "q_proj.lora_A', which is missing"),
+                      (doubled | {"more": IDS}, "more', which is unknown"),
+                      (doubled | {last: state[last].T}, f"{last}', which has another")):
+        with pytest.raises(ValueError, match=f"first in .*{word}"):
             load_hydralora_state_dict(model, bad)
     with pytest.raises(KeyError, match="layers.1.v_proj"):
         merge_hydralora(model, dict.fromkeys([*hydralora_layers(model)][:-1], GATES))
@@ -1356,9 +1360,7 @@ def test_refused_loading_and_merging_change_nothing():
 # ---- The toy ----
 @pytest.fixture(scope="session")
 def toy():
-    if not Path(__file__).with_name("train_toy.py").exists():
-        pytest.skip("needs train_toy.py")
-    return pkgutil.resolve_name("train_toy")
+    return pytest.importorskip("train_toy")
 
 
 def toy_output(toy, options="", **settings):
@@ -1382,109 +1384,61 @@ def agree(said, found, tolerances=(None, 1.2, 0.06)):  # for one decimal, for tw
     return said == found
 
 
-PINNED = {  # options -> the numbers with decimals or a comma of each printed line, in 40 steps
-    "--all": """
-13.3
-7.8
-3.2
-0.58
-8.0 0.02 0.00
-13.0 0.42 0.05
-14.6 0.68 0.07
-0.00 1.00 0.00
-0.97 0.03 0.00
-1.00 0.00 0.00
-3.2
-14.6
-13.3
-14.5
-2,496 14.6
-2,560 12.4
-2,560 13.0
-2,496 14.0
-8,192 13.5
-2,496 13.4
-1,920 12.8
-2,304 13.2
-2,688 13.0
-0.22 0.49
-0.39 0.59
-0.76 0.17
-0.54 0.32
-0.11 0.11""",
-    "--seed 3 --heads 4 --rank 5 --lr 0.05 --target v_proj down_proj": """
+# Numbers with decimals or a comma
+PINNED = """
 15.2
 8.3
+66.7
 3.2
 0.68
 8.3 0.01 0.02 0.00 0.00
-8.3 0.01 0.03 0.01 0.00
-13.4 0.16 0.27 0.73 0.09
-0.09 0.11 0.61 0.19
-0.00 0.00 0.00 1.00
-0.23 0.42 0.15 0.20
+13.1 0.05 0.15 0.02 0.00
+14.3 0.23 0.33 0.10 0.02
+0.07 0.48 0.30 0.15
+0.82 0.00 0.00 0.18
+0.06 0.20 0.09 0.65
 1.00 0.00 0.00 0.00
-0.48 0.10 0.09 0.33
-0.99 0.00 0.00 0.01
+0.56 0.07 0.03 0.34
+1.00 0.00 0.00 0.00
 3.2
-13.4
-13.1
-13.5
-5,440 13.4
-5,824 13.6
-5,824 13.2
-4,864 13.2
-6,720 12.4
-0.17 0.52
-0.30 0.65
-0.95 0.11
-0.63 0.21
-0.02 0.08"""}
+14.3
+13.9
+14.5
+5,440 14.3 14.9
+5,824 13.8 14.7
+5,824 13.1 13.6
+49,728 14.2 14.3
+4,864 12.4 14.0
+28,672 13.1 13.2
+5,504 12.3 13.1
+5,376 14.4 15.3
+4,160 13.0 14.3
+0.23 0.09
+0.10 0.66
+6,720 14.4
+0.21 0.51
+0.44 0.62
+0.92 0.09
+0.32 0.20
+0.02 0.08"""
 
 
-@parametrize("options", PINNED)
-def test_toy_short_run(options, toy):
-    """A change of a formula, rate, rank, seed or schedule changes a number. The runs are so
-    short that other rounding does not."""
-    close_enough = functools.partial(agree, tolerances=(None, 0.4, 0.015))
+def test_toy_short_run(toy):
+    """The run is so short that other rounding changes no number."""
+    options = "--seed 3 --all --heads 4 --rank 5 --target v_proj down_proj"
     output = toy_output(toy, options, STEPS=40, TEST=60, WATCHED=(1, 4, 40), EARLY=6)
-    lines = [line for line in output.splitlines() if re.search(r"\d[.,]\d", line)]
-    found = [re.findall(r"\d[\d,]*[.,]\d+", line) for line in lines]
-    pinned = [line.split() for line in PINNED[options].split("\n")[1:]]
-    to_paste = "\n".join(map(" ".join, found))
-    assert [*map(len, found)] == [*map(len, pinned)], f"to paste:\n{to_paste}"
-    wrong = [line for line, numbers, pins in zip(lines, found, pinned)
-             if not all(map(close_enough, pins, numbers))]
-    assert not wrong, "\n".join([*wrong, "to paste:", to_paste])
+    found = [re.findall(r"\d[\d,]*[.,]\d+", line) for line in output.splitlines()]
+    found, pinned = [*filter(None, found)], [*map(str.split, PINNED.strip().splitlines())]
+    close_enough = functools.partial(agree, tolerances=(None, 0.4, 0.015))
+    same = [*map(len, found)] == [*map(len, pinned)] and all(
+        map(close_enough, itertools.chain(*pinned), itertools.chain(*found)))
+    assert same, "\n".join(["to paste:", *map(" ".join, found)])
 
 
 @pytest.fixture(scope="session")
 def seed_0(toy):
-    """Three methods."""
     table = toy.methods
-    return toy_output(toy, methods=lambda *sizes: dict([*table(*sizes).items()][:3]))
-
-
-REAL = """
-On new ciphers, 17.8% of the old answers are right.
-The curve bends most at 3. Using 3 heads.
-20 10.9 0.93 0.13
-400 96.6 0.98 0.12
-merged for each domain 96.7
-HydraLoRA 2,496 96.6
-LoRA 2,560 78.7
-LoRA with a ReLU 2,560 93.0
-LoRA-Split 2,688 96.4
-two domains, one start, after 20 steps 0.79 0.10
-two domains, one start, after 400 steps 0.41 0.42"""
-
-
-def test_toy_real_run(seed_0):
-    printed = [line.split() for line in seed_0.splitlines()]
-    for line in REAL.strip().splitlines():
-        words = line.split()
-        assert any(len(words) == len(other) and all(map(agree, words, other))
-                   for other in printed), line
+    return toy_output(toy, methods=lambda *sizes: dict([*table(*sizes).items()][:4]))
 
 
 def test_toy_prints_its_answers(toy, seed_0):
@@ -1500,16 +1454,26 @@ def test_toy_prints_its_answers(toy, seed_0):
             assert mark == (" " if right else "*")
 
 
-@parametrize("targets", [["o_proj"], ["q_proj", "v_proj"], ["down_proj", "k_proj"]])
-def test_toy_cut_model_is_the_model(targets, toy):
-    model = TinyTransformer(TinyConfig(toy.SYMBOLS + 1, 2 * toy.LENGTH))
+@parametrize("n, targets", [
+    (3, ["o_proj", "down_proj"]), (3, ["q_proj"]), (3, ["k_proj", "v_proj"]), (0, [])])
+def test_toy_cut_model_is_the_model(n, targets, toy):
+    model = TinyTransformer(TinyConfig(toy.SYMBOLS + 1, 2 * toy.LENGTH)).requires_grad_(False)
     plain = torch.randint(toy.SYMBOLS, (5, toy.LENGTH))
     data = toy.encode(model, (plain, None, None))
-    adapted = toy.adapt(model, toy.Method(3, 9, 0.1), targets, 0)
-    for layer in hydralora_layers(adapted).values():
-        nn.init.normal_(layer.lora_B)
+    adapted = toy.adapt(model, toy.Method(n, 9, 0.1), targets, 0)
+    for p in adapted.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.2)
     tokens = F.pad(plain, (0, toy.LENGTH), value=toy.SYMBOLS)
     close(toy.predict(adapted, data), adapted(tokens)[:, toy.LENGTH:], rtol=1e-4, atol=1e-4)
+
+
+def test_toy_best_without_domain_by_counting(toy):
+    ciphers = torch.arange(45).view(3, 15) % torch.tensor([[15], [4], [15]])
+    [(plain, targets, _)] = toy.sample(1, 20_000, ciphers, 0, "cpu")
+    counts = torch.bincount((15 * plain + targets).flatten(), minlength=225).view(15, 15)
+    best = 100 * counts.amax(1).sum() / counts.sum()
+    assert toy.best_without_domain(ciphers) == pytest.approx(best.item(), abs=0.5)
 
 
 @parametrize("name", ["LoRA MoE", "LoRA with a ReLU"])
@@ -1525,13 +1489,8 @@ def test_toy_formula(name, toy):
     close(layer(x), layer.base(x) + 2 * delta, rtol=1e-4, atol=1e-4)
 
 
-def test_toy_prints_means(toy):
-    output = toy_output(toy, "--seed 5 --seeds 2", run=lambda seed, _: {"LoRA (%)": 10.0 * seed})
-    assert output.split()[4:] == ["LoRA", "(%)", "55.00", "7.07", "50.00", "60.00"]
-
-
 @parametrize("options", [
-    "--heads 0", "--lr 0", "--seeds 0", "--target proj", "--target o_proj o_proj"])
+    "--heads 0", "--lr 0", "--seeds 0", "--target proj", "--target o_proj o_proj", "--device foo"])
 def test_toy_refuses(options, toy, capsys):
     with pytest.raises(SystemExit):
         toy_output(toy, options)
@@ -1587,29 +1546,29 @@ def test_readme_output_is_that_of_a_toy_run(readme, seed_0):
         assert any(all(map(begins, printed[i:], lines)) for i in starts), part
 
 
-TABLE = "python train_toy.py --seed 1100 --seeds 20 --all"
+TABLE = "python train_toy.py --seed 2100 --seeds 20 --all"
 
 
 def toy_table(readme):
-    """Method -> accuracy, HydraLoRA's lead."""
-    rows = re.findall(r"^\| ([^|]+) \| [\d,]+ \| ([\d.]+) \| ([-+\d.]*)", readme, re.M)
-    return {name: (float(accuracy), float(lead or 0)) for name, accuracy, lead in rows}
+    """Method -> accuracy and lead, then with one cipher."""
+    rows = re.findall(r"^\| ([^|]+) \| [\d,]+ \|(.+)\|$", readme, re.M)
+    return {name: [float(cell.split()[0]) if cell.strip() else None for cell in cells.split("|")]
+            for name, cells in rows}
 
 
 def test_readme_toy_table_has_the_methods(readme, toy):
     table = toy_table(readme)
     assert TABLE in readme and {*table} == {*toy.methods(3, 9, 64, 64), "LoRA-Split"}
-    for accuracy, lead in table.values():
-        assert lead == pytest.approx(table["HydraLoRA"][0] - accuracy, abs=0.11)
+    for row in table.values():
+        for i in (0, 2):
+            lead = pytest.approx(table["HydraLoRA"][i] - (row[i] or 0), abs=0.11)
+            assert row[i + 1] in (None, lead)
 
 
 @pytest.mark.skipif("TOY_TABLE" not in os.environ, reason="set TOY_TABLE=1")
-def test_readme_toy_table_is_that_of_a_run(readme):
-    command = [sys.executable, *TABLE.split()[1:], "--device", "cpu"]
-    text = subprocess.check_output(command, cwd=Path(__file__).parent, text=True)
-    print(text)
-    found = dict(re.findall(r"^(.*?) +(-?[\d.]+) +[\d.]+ +-?[\d.]+ +-?[\d.]+$", text, re.M))
-    for name, (accuracy, lead) in toy_table(readme).items():
-        assert float(found[f"{name} (%)"]) == pytest.approx(accuracy, abs=1.0), name
-        if name != "HydraLoRA":
-            assert float(found[f"HydraLoRA's lead over {name}"]) == pytest.approx(lead, abs=1.0)
+def test_readme_toy_table_is_that_of_a_run(readme, toy):
+    text = toy_output(toy, TABLE.removeprefix("python train_toy.py"))
+    found = dict(re.findall(r"^(.+) \(%\) +([\d.]+) ", text, re.M))
+    for name, (three, _, one, _) in toy_table(readme).items():
+        assert float(found[name]) == pytest.approx(three, abs=1.0)
+        assert one is None or float(found[f"{name}, one cipher"]) == pytest.approx(one, abs=1.0)
