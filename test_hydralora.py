@@ -344,7 +344,7 @@ def exact_and_rounded(case):
     return values, rounded, norms
 
 
-@functools.cache
+@functools.lru_cache(50)
 def correct(case):
     """Returns, for y and each gradient, the correct value, the norm by which errors are
     divided, and how large the error of a row or column may be:
