@@ -187,17 +187,17 @@ class HydraLoRALinear(nn.Module):
 # If a word needs different answers in two domains, no single head suits both, so it
 # pays to divide the domains. A step of SGD on a token x changes the logits of x' by -lr
 # (x . x') dL/dl, so similar tokens come to prefer the same head. What the heads have in
-# common cancels in dL/dl, so only their differences turn the router. It tends to turn
-# first to what varies most in x, if the loss depends on it: in train_toy.py, to the
-# domain on o_proj and to the symbol on q_proj. But variance is not all: v_proj, adapted
-# with q_proj, reads the same x, and its heads rather follow the domain. Nor need it
-# help to divide the domains: on o_proj, heads follow them, though less, even if all
-# domains have one cipher, where nothing is won by it.
+# common cancels in dL/dl, so only their differences turn the router. The router tends
+# to turn first to what varies most in x, if the loss depends on it: in train_toy.py, to
+# the domain on o_proj and to the symbol on q_proj. But variance is not all: v_proj,
+# adapted with q_proj, reads the same x, and its heads rather follow the domain.
+# Dividing the domains need not help: on o_proj, heads follow them, though less, even if
+# all domains have one cipher, where nothing is won by it.
 
 
 # ---- Choices ----
-# The paper is silent or unclear here. The official code is commit afb693b of
-# https://github.com/Clin0212/HydraLoRA, the script is its fine-tuning.sh.
+# On these points, the paper is silent or unclear. The official code is commit afb693b
+# of https://github.com/Clin0212/HydraLoRA, the script is its fine-tuning.sh.
 #
 # [1] The router reads x, as in Eq. 4 and the official code. But the paper prints Wg as
 #     (r, N), which fits A x.
