@@ -213,58 +213,7 @@ class HydraLoRALinear(nn.Module):
 #     experiments did, too (issues 6, 7, 26).
 # [7] Merging uses one w for all tokens. The paper merges "based on the input" (Sec.
 #     3.2.2), which we read as: for each token.
-# [8] k-means sets only N, as in the official README.
-
-
-# ---- Choosing N, Appendix B ----
-def tf_idf(texts):
-    """X (m documents, terms), with scikit-learn's smoothed idf and rows of norm 1."""
-    counts = [Counter(text) for text in texts]
-    terms = sorted(set().union(*counts))
-    X = torch.tensor([[float(count[term]) for term in terms] for count in counts])
-    X *= 1 + torch.log((1 + len(X)) / (1 + (X > 0).sum(0)))  # rare terms weigh more
-    return F.normalize(X)
-
-
-def sse_curve(X, max_centres):
-    """The SSE of k-means, sum_i min_j |X_i - C_j|^2, for 1, ..., max_centres centres.
-
-    The paper starts from random centres. We use fast global k-means (Likas et al., 2003):
-    each new centre is the document that lowers the SSE most.
-    """
-    between = torch.cdist(X, X).square()  # (m, m)
-    C = X.mean(0, keepdim=True)  # (1, terms)
-    sse = []
-    for n in range(1, max_centres + 1):
-        for _ in range(10):  # usually enough
-            squared, owner = torch.cdist(X, C).square().min(1)  # (m,), Eq. 7
-            S = F.one_hot(owner, n).to(X)  # (m, n)
-            C = S.T @ X / S.sum(0).clamp_min(1)[:, None]  # (n, terms), Eq. 8
-        sse.append(squared.sum().item())
-        gain = (squared[:, None] - between).clamp_min(0).sum(0)  # (m,)
-        C = torch.cat([C, X[gain.argmax()][None]])  # (n + 1, terms)
-    return sse
-
-
-def num_heads_from_corpus(documents, max_heads=10):
-    """N by TF-IDF, k-means and the elbow of the SSE curve [8].
-
-    documents: a list of a few hundred strings (split at spaces), or of token sequences
-    without padding. Returns N, at least 2, and the SSE of 1, ..., max_heads centres.
-
-    At the elbow, "the rate of decrease in SSE slows down". Our N is the n that maximises
-    (SSE_{n-1} - SSE_n) / (SSE_n - SSE_{n+1}). This can find the domains if the documents of
-    a domain share most of their words. For real paragraphs, it is unreliable: in the paper,
-    two to four heads did well.
-    """
-    texts = [d.split() if isinstance(d, str) else [*map(str, d)] for d in documents]
-    texts = [text for text in texts if text]
-    if isinstance(documents, str) or len(texts) < 2:
-        raise ValueError("documents must be a list of two or more")
-    sse = sse_curve(tf_idf(texts), max_heads + 1)
-    gains = -torch.tensor(sse).diff()  # SSE_{n-1} - SSE_n for n = 2, ..., max_heads + 1
-    next_gains = gains[1:].clamp_min(1e-5 * sse[0])  # smaller gains are rounding errors
-    return 2 + (gains[:-1] / next_gains).argmax().item(), sse[:max_heads]
+# [8] k-means sets only N, as in the official README: choose_num_heads in train_toy.py.
 
 
 # ---- A small transformer ----
