@@ -20,8 +20,9 @@ NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are trained.
     Wg     router.weight  (n, k)    the paper's Wg^T, as nn.Linear stores a weight
     w      w, gates       (..., n)  one gate per head, for each token; (n,) if fixed
 
-The code scales the update by s = scaling. All N heads run on each token. [1] to [8] refer
-to "Choices".
+The code scales the update by s = scaling. All N heads run on each token. [1] to [9] refer
+to "Choices". The official code calls the parameters lora_A.weight, lora_B0.weight, ...
+and lora_route.weight.
 """
 import copy
 import math
@@ -33,19 +34,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__version__ = "0.15.0"
+__version__ = "0.16.0"
 
 
 # ---- The layer ----
 # MIT License, (c) 2026 the "HydraLoRA in one file" authors. To copy this section, also
 # import copy, math, torch, torch.nn.functional as F; from torch import nn
-# Freeze the model, then wrap. A module that reads base's weight, instead of calling the
-# layer, bypasses the update: nn.MultiheadAttention, nn.TransformerEncoderLayer, Mamba, WavLM.
+#
+# To use the layer in a model, freeze the model, then put HydraLoRALinear(linear) in the
+# place of a linear layer. Some modules read the weight of such a layer and do not call it,
+# so they bypass the update: nn.MultiheadAttention, nn.TransformerEncoderLayer, Mamba, WavLM.
 class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
     """Eq. 4: x (..., k) -> gates w (..., n).
 
-    A subclass may return other gates (..., n), or (b, 1, n) for whole sequences. With the
-    latter, a token sees later ones, so generating with a cache and without differs.
+    A subclass may return other gates (..., n), or (b, 1, n) for whole sequences. If gates
+    come from a whole sequence, a token's output depends on later tokens.
     """
 
     def __init__(self, k, n, device=None, dtype=None):
@@ -105,14 +108,15 @@ class HydraLoRALinear(nn.Module):
         x = x.to(self.lora_A.dtype)
         w = self.router(x)                               # (..., n), Eq. 4 [1]
         z = F.linear(self.lora_dropout(x), self.lora_A)  # (..., r), A x, one mask for all heads [5]
-        u = w.unflatten(-1, (self.num_heads, 1)) * (self.scaling * z)[..., None, :]  # (..., n, r)
+        w = w.unflatten(-1, (self.num_heads, 1))         # (..., n, 1), an error if not n gates
+        u = w * (self.scaling * z)[..., None, :]         # (..., n, r)
         delta = torch.einsum("...nr,ndr->...d", u, self.lora_B)  # (..., d), Eq. 3
         return y + delta.to(y.dtype)                     # (..., d)
 
     def extra_repr(self):
         return f"num_heads={self.num_heads}, r={self.r}, scaling={self.scaling:g}"
 
-    weight = property(lambda self: self.base.weight)  # T5 reads it
+    weight = property(lambda self: self.base.weight)  # T5 reads its dtype
     bias = property(lambda self: self.base.bias)
 
     @torch.no_grad()
@@ -137,7 +141,7 @@ class HydraLoRALinear(nn.Module):
         """
         base = self.base
         hooked = base._forward_hooks or base._forward_pre_hooks
-        replaced = base.forward != nn.Linear.forward.__get__(base)  # as accelerate does
+        replaced = base.forward != nn.Linear.forward.__get__(base)  # accelerate replaces it
         if hooked or replaced or type(base.weight) is not nn.Parameter:
             raise TypeError("base must be a plain nn.Linear, not quantised or hooked")
         A, B = self.to_lora(gates)
@@ -152,21 +156,20 @@ class HydraLoRALinear(nn.Module):
 # A LoRA's update, B A x, is linear in x at any rank. If x is the sum of a part for the
 # domain (a topic or task) and a part for the word, so is the update, which then cannot
 # treat a word differently in two domains. Nor can HydraLoRA with one w for all tokens,
-# because Eq. 3 is then a LoRA with B = sum_i w_i B_i. In the paper, too, equal gates
-# ("w/o gate", Fig. 6) are no better than a LoRA with r = 8: 42.81 and 43.22 on MMLU. A
-# router makes w depend on x, so tokens of different domains get different matrices.
-# Right beside a non-linearity, which can combine the two parts itself, a LoRA may be
-# enough, as on up_proj and down_proj in train_toy.py.
+# because Eq. 3 is then a LoRA with B = sum_i w_i B_i. In the paper, equal gates ("w/o
+# gate", Fig. 6) are no better than a LoRA with r = 8: 42.81 and 43.22 on MMLU. A router
+# makes w depend on x, so tokens of different domains get different matrices. Beside a
+# non-linearity, which can combine the two parts, a LoRA may be enough, as on up_proj in
+# train_toy.py.
 #
 # Why is A shared, and not B?
 # In the paper, LoRAs of different tasks have A's that "tend to converge" and B's that
 # are "distinguishable" (Observation II). This alone does not show that tasks can share
-# an A. A's with a common start stay alike until they have moved far from it, but B's do
-# not, because they start at 0. The argument for one A is size: N LoRAs have N r (k + d)
-# parameters, but one A with N heads has r (k + N d). One B with N A's would save as
-# much if k = d. It would read N r features of x and write to r of y, and one A does
-# the reverse. On o_proj in train_toy.py, one A is slightly better if domains
-# disagree.
+# an A. If A's have a common random start, they stay alike until they have moved far from
+# it. B's start at 0, which has no direction, so they differ from the first step. The
+# argument for one A is size: N LoRAs have N r (k + d) parameters, but one A with N heads
+# has r (k + N d). One B with N A's would save as much if k = d. It would read N r
+# features of x and write to r of y, and one A does the reverse.
 #
 # Why do the heads differ?
 # For one token, let g = dL/dy, let l = Wg^T x be the logits, so that w = softmax(l),
@@ -184,15 +187,18 @@ class HydraLoRALinear(nn.Module):
 # and then counts more in their gradients. So a small preference grows.
 #
 # Why do the heads divide the tokens, and by what?
-# If a word needs different answers in two domains, no single head suits both, so it
-# pays to divide the domains. A step of SGD on a token x changes the logits of x' by -lr
-# (x . x') dL/dl, so similar tokens come to prefer the same head. What the heads have in
-# common cancels in dL/dl, so only their differences turn the router. The router tends
-# to turn first to what varies most in x, if the loss depends on it: in train_toy.py, to
-# the domain on o_proj and to the symbol on q_proj. But variance is not all: v_proj,
-# adapted with q_proj, reads the same x, and its heads rather follow the domain.
-# Dividing the domains need not help: on o_proj, heads follow them, though less, even if
-# all domains have one cipher, where nothing is won by it.
+# A step of SGD on a token x changes the logits of x' by -lr (x . x') dL/dl, so similar
+# tokens come to prefer the same head. What the heads have in common cancels in dL/dl, so
+# only their differences turn the router. Differences lower the loss where one matrix does
+# not suit all tokens. So heads tend to divide what decides the answer: in train_toy.py,
+# on o_proj, they follow the domain if domains need different answers. If all domains
+# need the same, the heads of most runs do not, but follow the symbol a little.
+#
+# Gates alone do not show what a head has learnt. In the other runs, and where one part of
+# x has nearly all variance, heads follow this part although nothing is won by it,
+# and all learn the same. To see what they have learnt, give the tokens of one domain the
+# mean gates of another: if heads hold what a domain needs, the answers become the other
+# domain's.
 
 
 # ---- Choices ----
@@ -210,10 +216,11 @@ class HydraLoRALinear(nn.Module):
 #     code draws one for each head, so heads differ even with equal gates.
 # [6] The paper's parameter counts fit adapters on q_proj and v_proj (Figs. 3 and 9). But
 #     the script adapts gate_proj, up_proj and down_proj, and the authors say that their
-#     experiments did, too (issues 6, 7, 26).
+#     experiments did (issues 6, 7, 26).
 # [7] Merging uses one w for all tokens. The paper merges "based on the input" (Sec.
 #     3.2.2), which we read as: for each token.
 # [8] k-means sets only N, as in the official README: choose_num_heads in train_toy.py.
+# [9] There is no balance loss. That of the official layer is always 0 (lora.py, L344).
 
 
 # ---- A small transformer ----
@@ -303,9 +310,12 @@ def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
     refused, nothing changes. A second call adapts other layers.
     """
     bases = {}
+    adapted = {m for layer in model.modules() if isinstance(layer, HydraLoRALinear)
+               for m in layer.modules()}
     for target in [target_modules] if isinstance(target_modules, str) else target_modules:
         linears = {name: m for name, m in model.named_modules()
-                   if isinstance(m, nn.Linear) and f".{name}".endswith(f".{target}")}
+                   if isinstance(m, nn.Linear) and m not in adapted
+                   and f".{name}".endswith(f".{target}")}
         if not linears:
             raise ValueError(f"no nn.Linear is named {target!r}, or it is adapted already")
         for name, base in linears.items():
@@ -326,8 +336,7 @@ def _watch_gates(model, f):
     layers = hydralora_layers(model)
     if len({layer.router for layer in layers.values()}) < len(layers):
         raise ValueError("layers share a router")
-    hooks = [layer.router.register_forward_hook(
-                 lambda router, x, w, name=name: f(name, w.detach()))
+    hooks = [layer.router.register_forward_hook(lambda router, x, w, name=name: f(name, w))
              for name, layer in layers.items()]
     try:
         yield
@@ -338,9 +347,10 @@ def _watch_gates(model, f):
 
 @contextmanager
 def record_gates(model):
-    """Context manager: a dict name -> w (..., n) of the last forward, detached.
+    """Context manager: a dict name -> w (..., n) of the last forward.
 
     A model that was compiled and called before may ignore new hooks. Then the dict is empty.
+    With re-entrant checkpointing, w has no gradient.
     """
     gates = {}
     with _watch_gates(model, gates.__setitem__):
@@ -409,7 +419,7 @@ def hydralora_state_dict(model):
 
 
 def load_hydralora_state_dict(model, state):
-    """Copy the adapter into the model and return it, or raise and change nothing."""
+    """Copy the adapter into the model and return it. Keys and shapes are compared before."""
     own = hydralora_state_dict(model)
     for key in sorted(own.keys() | state.keys()):
         wrong = ("is missing" if key not in state else "is unknown" if key not in own else
@@ -423,10 +433,8 @@ def load_hydralora_state_dict(model, state):
 def export_lora(model, gates):
     """(state, config) of a LoRA for PEFT. gates: as in merge_hydralora."""
     hydralora_state_dict(model)  # refuses what is sharded or on meta
-    layers = hydralora_layers(model)
-    if any(isinstance(layer.base, HydraLoRALinear) for layer in layers.values()):
-        raise ValueError("an adapter is adapted: merge the inner one first")
-    loras = {name: layer.to_lora(gates[name]) for name, layer in layers.items()}
+    loras = {name: layer.to_lora(gates[name])
+             for name, layer in hydralora_layers(model).items()}
     r = max(len(A) for A, _ in loras.values())
     config = dict(peft_type="LORA", target_modules=[*loras], r=r, lora_alpha=r)  # scaling 1
     state = {}
