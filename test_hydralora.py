@@ -13,14 +13,15 @@ The tests with "oracle" in their names test a kernel:
     HYDRALORA_IMPL=module:function python -m pytest test_hydralora.py -k oracle -x --tb=short
 
 Without HYDRALORA_IMPL, they test this project's layer. HYDRALORA_DEVICE sets the device,
-by default cuda if available. HYDRALORA_SHAPE=2048,4096,11008,16,3 adds a case of your
-tokens, k, d, r and n.
+by default cuda if available.
 
-A kernel must take any strides, any n, and any number of tokens, including none. It may
+A complete kernel takes any strides, any n, and any number of tokens, including none. It may
 return no gradients of W0 and bias, since the base may be frozen. Under autocast, y may
-have autocast's dtype or float32. A kernel that computes in TF32 fails the fp32 tests. In
-16 bits, the tolerance is several times the error of a correct kernel, so passing in bf16
-does not prove that a kernel adds in float32.
+have autocast's dtype or float32. A kernel that computes in TF32 fails the fp32 tests.
+
+In 16 bits, a kernel may round each step, and add up the gradients of chunks of 32 tokens.
+Smaller chunks must add up in float32. The tolerance is several times the error of such a
+kernel: in bf16, an update that is 2% too large passes.
 
 Most cases are drawn at random, always the same ones. The id of a test, such as
 test_oracle_results[2-gradients-3d-odd-bias-fp32], says what the kernel must support.
@@ -28,30 +29,28 @@ Leave out what yours does not:
 
     -k "oracle and not gradients"       it has no backward
     -k "oracle and 3d and aligned"      x is (batch, tokens, k); 16 divides k, d and r
+    -k "oracle and not empty"           there are tokens
+    -k "oracle and not strided"         tensors are contiguous
     -k "oracle and nobias"              bias is None
+    -k "oracle and not twice and not overwritten"    one backward, before any tensor changes
     -k "oracle and not fp64 and not mixed and not autocast"    one dtype, at most 32 bits
     -k "oracle and not slow and fp32"   for a first verdict, in seconds
 
 test_oracle_results names the simplest case that fails in the same way, such as
-Case(dtypes='bf16', bias=False). To repeat it:
+Case(dtypes='bf16', bias=False). To repeat it, or to test your own sizes:
 
     from test_hydralora import *
     from my_module import my_kernel
     check(Call(my_kernel, Case(dtypes='bf16', bias=False)))
+    check(Call(my_kernel, Case(lead=(1, 2048), k=4096, d=11008, r=16, n=3)))
 
-To use the oracle, stop here. From "By hand" on, the tests are about this project alone.
+This file has five rooms. To understand what is tested, read the first, and stop there:
 
-To let cases vary in something else, add a field at the end of Case, use it in make, and
-choose it at the end of random_case, because the choices before it must stay. To add a
-test, write it above TESTS:
-
-    @each_of(GENERAL)
-    def test_oracle_negative_scaling(implementation, case):
-        check(Call(implementation, replace(case, scaling=-1.0)))
-
-Then add to MISTAKES a line that makes KERNEL wrong for your test, but not for Case():
-
-    ("negative_scaling", "scaling = abs(scaling)"),
+    1  The oracle            the definition, the cases, the correct results, a call, the tests
+    2  What a failure says   where, by how much, and in which simplest case
+    3  Does it notice?       mistakes that it must catch, and how to add to the oracle
+    4  The layer             tests of this project's hydralora.py
+    5  The toy               tests of train_toy.py and of README.md
 """
 import collections
 import contextlib
@@ -66,6 +65,7 @@ import pkgutil
 import random
 import re
 import sys
+import traceback
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -86,50 +86,46 @@ from hydralora import (
 parametrize = pytest.mark.parametrize
 
 
+# ==== 1. The oracle ====
+
 # ---- The definition ----
 INPUTS = ("x", "W0", "bias", "A", "B", "Wg")
 TRAINED = ("x", "A", "B", "Wg")  # these need a gradient even if the base is frozen
 
 
-def definition(x, W0, bias, A, B, Wg, scaling, gates=nn.Softmax(-1)):
+def definition(x, W0, bias, A, B, Wg, scaling):
     """Eqs. 3 and 4, with a scaling. Computed in float64, its y and its gradients are the
     correct values. Computed in a kernel's dtypes, its errors set the tolerance."""
-    y, x = F.linear(x, W0, bias), x.to(A.dtype)    # (..., d), (..., k)
-    w, z = gates(F.linear(x, Wg)), F.linear(x, A)  # (..., n), (..., r)
-    for w_i, B_i in zip(w.unbind(-1), B):          # (...), (d, r)
+    y = F.linear(x, W0, bias)              # (..., d)
+    x = x.to(A.dtype)                      # (..., k)
+    w = F.linear(x, Wg).softmax(-1)        # (..., n)
+    z = F.linear(x, A)                     # (..., r)
+    for w_i, B_i in zip(w.unbind(-1), B):  # (...), (d, r)
         y = y + (scaling * w_i[..., None] * F.linear(z, B_i)).to(y.dtype)
     return y
 
 
-def hydralora_layer(x, W0, bias, A, B, Wg, scaling, device="meta"):
-    """HydraLoRALinear on these tensors. Copies of them would keep the gradients."""
-    n, d, r = B.shape
-    base = nn.Linear(A.shape[1], d, bias is not None, device, W0.dtype)
-    layer = HydraLoRALinear(base, num_heads=n, r=r, lora_alpha=scaling * r)
-    weights = {"base.weight": W0, "lora_A": A, "lora_B": B, "router.weight": Wg}
-    if bias is not None:
-        weights["base.bias"] = bias
-    return torch.func.functional_call(layer, weights, x)
+def in_another_order(x, W0, A, B, **others):
+    """The definition on 32 tokens at a time, whose gradients autograd adds up. Each B_i A is
+    computed first and takes the place of B_i, and the identity takes that of A."""
+    identity, products = torch.eye(A.shape[1]).to(A), B @ A
+    chunks = x.reshape(-1, x.shape[-1]).split(32)
+    y = [definition(chunk, W0, A=identity, B=products, **others) for chunk in chunks]
+    return torch.cat(y).view(*x.shape[:-1], len(W0))
 
 
 def read_settings():
-    """Returns the device, the kernel, and a case of the user's sizes, or {}."""
+    """Returns the device and the kernel, or None for this project's layer (room 4)."""
     settings = {name: value for name, value in os.environ.items() if name.startswith("HYDRALORA_")}
     device = settings.pop("HYDRALORA_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
-    name, shape = settings.pop("HYDRALORA_IMPL", None), settings.pop("HYDRALORA_SHAPE", None)
-    kernel, own = hydralora_layer if name is None else pkgutil.resolve_name(name), {}
-    if settings or not callable(kernel):
+    name = settings.pop("HYDRALORA_IMPL", None)
+    kernel = name and pkgutil.resolve_name(name)
+    if settings or not callable(kernel or print):
         raise ValueError(f"{[*settings] or name}: use HYDRALORA_IMPL=module:function")
-    if shape is not None:
-        if not re.fullmatch(r"\d+(,0*[1-9]\d*){4}", shape):
-            raise ValueError(f"HYDRALORA_SHAPE={shape}: use tokens,k,d,r,n")
-        tokens, *sizes = map(int, shape.split(","))
-        own = dict(zip("kdrn", sizes), lead=(1, tokens), bias=False)
-    torch.empty(1, device=device)
-    return device, kernel, own
+    return device, kernel
 
 
-DEVICE, IMPLEMENTATION, OWN = read_settings()
+DEVICE, IMPLEMENTATION = read_settings()
 
 
 # ---- The cases ----
@@ -150,8 +146,9 @@ MODES = {"gradients": torch.enable_grad, "values": torch.no_grad, "inference": t
 
 @dataclass(frozen=True)
 class Case:
+    """All that decides what a call is given, and what the test does with it."""
     dtypes: str = "fp32"
-    mode: str = field(default="gradients", compare=False)  # changes no correct result
+    mode: str = "gradients"
     lead: tuple = (2, 5)  # axes of x before k: () is one token, (5,) a sequence
     k: int = 7
     d: int = 6
@@ -161,11 +158,14 @@ class Case:
     scaling: float = 1.75
     factors: dict = field(default_factory=dict, hash=False)  # name -> multiplies this tensor
     layouts: dict = field(default_factory=dict, hash=False)  # name -> a row of LAYOUTS
-    frozen: tuple = field(default=(), compare=False)  # what does not require grad
-    filled: bool = field(default=False, compare=False)  # PyTorch fills new memory with nan
     reversed: str = ""  # the tensor whose elements, but for the first, are in reverse order
     spoiled: str = ""  # the tensor whose last element is nan, or inf in grad_y
     seed: int = 0
+    # These change no correct result:
+    frozen: tuple = field(default=(), compare=False)  # what does not require grad
+    filled: bool = field(default=False, compare=False)  # PyTorch fills new memory with nan
+    changed: str = field(default="", compare=False)  # y, or an input: changed before the backward
+    passes: int = field(default=1, compare=False)  # backward passes
 
     def __repr__(self):
         changed = [f"{k}={v!r}" for k, v in vars(self).items() if v != getattr(Case(), k)]
@@ -178,8 +178,11 @@ class Case:
     @property
     def id(self):
         odd = self.k % 16 or self.d % 16 or self.r % 16
-        return "-".join([self.mode, f"{len(self.lead) + 1}d", "odd" if odd else "aligned",
-                         "bias" if self.bias else "nobias", self.dtypes])
+        words = [self.mode, f"{len(self.lead) + 1}d", "odd" if odd else "aligned"]
+        more = dict(empty=0 in self.lead, strided=self.layouts, frozen=self.frozen,
+                    nan=self.spoiled, overwritten=self.changed, twice=self.passes > 1)
+        words += [word for word, present in more.items() if present]
+        return "-".join([*words, "bias" if self.bias else "nobias", self.dtypes])
 
 
 def before_nan(t):
@@ -216,13 +219,13 @@ LAYOUTS = {  # how a tensor of two or more axes lies in memory, if not contiguou
 SIZES = [  # of k and d, and ranks
     ((16, 32, 64, 128, 256), (16, 32, 64)),
     ((1, 3, 4, 7, 8, 20, 33, 64, 73, 128, 150, 256), (1, 3, 4, 8, 16, 33, 64))]
-LEADS = ((), (1,), (1, 1), (5,), (40,), (130,), (2, 5), (0, 5), (1, 128), (2, 65), (16, 1),
-         (300, 2), (2, 3, 10), (3, 1, 4), (2, 1, 3, 5))
+LEADS = ((), (1,), (1, 1), (5,), (40,), (131,), (2, 5), (0, 5), (1, 128), (2, 67), (3, 43),
+         (16, 1), (300, 2), (2, 3, 10), (3, 1, 4), (2, 1, 3, 5))
 FACTORS = ({}, {}, {}, {}, {},
-           dict(B=0),                               # as at the start of training
-           dict(x=0),                               # as padding
+           dict(B=0),     # as at the start of training
+           dict(x=0),     # as padding
            dict(B=0.1),
-           dict(Wg=30),                             # exp(logit) may be inf or 0
+           dict(Wg=30),   # exp(logit) may be inf or 0
            dict(x=8, W0=1 / 8, A=1 / 8, Wg=1 / 8))
 
 
@@ -232,42 +235,49 @@ def random_case(dtypes, seed):
     k, d, r = choose(sizes), choose(sizes), choose(ranks)
     layout, named = choose([*LAYOUTS]), (*INPUTS, "grad_y")
     if layout.startswith("one-"):  # of all tensors, it would make gradients cancel
-        named = ("W0", "bias", "A", choose(["x", "grad_y"]))
-    return Case(
+        named = ("W0", "bias", choose(["x", "grad_y"]))
+    case = Case(
         dtypes, choose(["gradients", "gradients", "gradients", "values", "inference"]),
         choose(LEADS), k, d, r,
-        n=choose([1, 2, 3, 4, 8, 11, 32, min(k, 40)]),
+        n=choose([1, 2, 3, 4, 8, 11, 32, min(k, 20)]),
         bias=choose([True, False]),
         scaling=choose([1.75, 1.75, -0.4, 1.0, 4.0, 2.0**-6]),
         factors=choose(FACTORS),
         layouts=choose([{}, dict.fromkeys(named, layout)]),
         frozen=choose([(), (), tuple(name for name in INPUTS if choose([True, False]))]),
         filled=choose([True, False]), seed=seed)
+    more, named = [{}, {}, {}, {}], case.inputs
+    if case.mode == "gradients":
+        more += [dict(passes=2), dict(changed=choose(["y", *named]))]
+        named = [*named, "grad_y"]
+    if case.n > 2:  # with fewer heads, a correct router may let no nan through
+        more.append(dict(spoiled=choose(named)))
+    return replace(case, **choose(more))
 
 
 RANDOM = {dtypes: [Case(dtypes), *(random_case(dtypes, i) for i in range(100))]
           for dtypes in DTYPES}
-RANDOM["fp32"] += [random_case("fp32", i) for i in range(100, 300)]  # quick
+RANDOM["fp32"] += [random_case("fp32", i) for i in range(100, 300)]
 SQUARE = dict(k=64, d=64, r=16, n=8, bias=False)
 GENERAL = [Case(dtypes, mode, filled=filled, **change)  # for tests with several calls
            for dtypes in DTYPES for change in ({}, SQUARE)
            for filled, mode in zip((False, True, True), MODES)]
 LARGE = {
-    "large-magnitude": dict(k=64, d=48, r=8, n=3, factors=dict(  # too large for float16
+    "large-magnitude": dict(k=64, d=48, r=8, n=3, factors=dict(
         x=2.0**17, grad_y=2.0**-50, W0=2.0**-17, Wg=2.0**-17)),
     "large-logits": dict(lead=(40,), n=2, factors=dict(Wg=100)),  # exp(logit) is 0 for both heads
     "near-zero": dict(factors=dict(B=1e-4)),
-    "many-heads": dict(lead=(2, 70), n=260),
-    "past-tiles": dict(lead=(2, 65), k=577, d=131, r=33, n=35),
+    "many-heads": dict(lead=(2, 67), n=260),
+    "past-tiles": dict(lead=(2, 67), k=577, d=131, r=33, n=35),
+    "many-tokens": dict(lead=(1, 2500), k=128, d=128, r=16),
     # more blocks than a CUDA grid's y axis can have
     "sequence": dict(lead=(1, 65540), k=16, d=16, r=16, n=2),
-    # sizes of a 7B model, as far as a CPU can take them. 11056 is 16 times a prime
+    # 11056 is 16 times a prime
     "long-input": dict(lead=(1, 1), k=11056, d=16, r=32, n=8),
-    "long-output": dict(lead=(1, 1), k=48, d=11056, r=16, n=8),
-    "wide-square": SQUARE | dict(lead=(1, 3), k=2048, d=2048, r=144, n=3, bias=True),
-    "many-wide-inputs": SQUARE | dict(lead=(1, 2060), k=2048, n=3),
-    "many-wide-outputs": SQUARE | dict(lead=(1, 1040), d=2048, n=3),
-} | ({"own": OWN} if OWN else {})
+    "long-output": dict(lead=(1, 1), k=48, d=11056, r=16, n=8, factors=dict(grad_y=2.0**17)),
+    "wide-square": dict(lead=(1, 3), k=2048, d=2048, r=144, n=3),
+    "many-wide": dict(lead=(1, 1040), k=2048, d=1040, r=16, n=3),
+}
 
 
 def large(name, dtypes):
@@ -278,9 +288,9 @@ def large(name, dtypes):
 def make(case):
     """Returns the inputs of a case, and grad_y, the gradient of y."""
     c, dtypes, made = case, DTYPES[case.dtypes], {}
-    named = {*c.factors, *c.layouts, *c.frozen, c.reversed, c.spoiled}
-    if unknown := named - {*INPUTS, "grad_y", ""}:
-        raise ValueError(f"no such tensor: {unknown}")
+    named = {*c.factors, *c.layouts, *c.frozen, c.reversed, c.spoiled, c.changed}
+    if not named <= {*INPUTS, "grad_y", "y", ""}:
+        raise ValueError(f"one of {named} is no tensor")
     for i, (name, std, shape, dtype) in enumerate([
             ("x", 1.0, (*c.lead, c.k), dtypes.x),
             ("W0", c.k**-0.5, (c.d, c.k), dtypes.base),
@@ -289,11 +299,11 @@ def make(case):
             ("B", c.r**-0.5, (c.n, c.d, c.r), dtypes.adapter),
             ("Wg", c.k**-0.5, (c.n, c.k), dtypes.adapter),
             ("grad_y", 1.0, (*c.lead, c.d), dtypes.autocast or dtypes.x)]):
-        normal = torch.from_numpy(np.random.default_rng([c.seed, i]).normal(size=shape))
-        t = std * c.factors.get(name, 1.0) * normal
+        t = torch.from_numpy(np.random.default_rng([c.seed, i]).normal(size=shape))
+        t *= std * c.factors.get(name, 1.0)
         if name == c.reversed:
             t = torch.cat([t.flatten()[:1], t.flatten()[1:].flip(0)]).view(shape)
-        if name == c.spoiled:
+        if name == c.spoiled and t.numel():
             t[(-1,) * t.dim()] = math.inf if name == "grad_y" else math.nan
         t = t.to(DEVICE, dtype)
         layout = LAYOUTS[c.layouts[name]] if name in c.layouts else before_nan
@@ -306,68 +316,49 @@ def make(case):
 
 
 # ---- The correct results ----
-Expected = collections.namedtuple("Expected", "value norm allowed")
-
-
 def as_float64(t):
     return t.detach().to("cpu", f64, copy=True)
 
 
-def by_definition(tensors, case, gates=nn.Softmax(-1)):
-    """Returns y and the gradients of sum(grad_y * y)."""
+def by_definition(tensors, case, function=definition):
+    """Returns y and, in the mode "gradients", the gradients of sum(grad_y * y)."""
     leaves = {name: tensors[name].detach().requires_grad_() for name in case.inputs}
-    y = definition(**{"bias": None} | leaves, scaling=case.scaling, gates=gates)
+    with torch.set_grad_enabled(case.mode == "gradients"):
+        y = function(**{"bias": None} | leaves, scaling=case.scaling)
+    if not y.requires_grad:
+        return {"y": y}
     grads = torch.autograd.grad(y, [*leaves.values()], tensors["grad_y"].to(y.dtype))
     return {"y": y.detach()} | {f"{name}.grad": g for name, g in zip(leaves, grads)}
 
 
-def uncentred(logits):
-    """softmax without the second term of its derivative w_i dw_i - w_i sum_j w_j dw_j."""
-    return (logits - logits.logsumexp(-1, keepdim=True).detach()).exp()
+def finiteness(results):
+    """Returns what is compared if a tensor has a nan or inf: y, and whether a gradient is not
+    finite somewhere."""
+    return {name: t if name == "y" else (~t.isfinite()).any().view(1, 1)
+            for name, t in results.items()}
 
 
-def exact_and_rounded(case):
-    """Returns the results by definition, in float64 and in the kernel's dtypes, and the norms
-    of the first, by which errors are divided.
-
-    A norm is at least that without the second term of softmax's derivative: where the two
-    terms nearly cancel, their rounding errors remain."""
-    tensors = {name: t for name, t in make(case).items() if t is not None}
-    exact = {name: as_float64(t) for name, t in tensors.items()}
-    values, larger = by_definition(exact, case), by_definition(exact, case, uncentred)
-    if "mixed" in case.dtypes:  # a kernel may compute in 16 bits
-        tensors = {name: t.to(tensors["x"].dtype) for name, t in tensors.items()}
-    with autocast(case):
-        rounded = by_definition(tensors, case)
-    norms = {name: max(t.norm().item(), larger[name].norm().item()) or 1.0
-             for name, t in values.items()}
-    return values, rounded, norms
-
-
-@functools.lru_cache(50)
-def correct(case):
-    """Returns, for y and each gradient, the correct value, the norm by which errors are
-    divided, and how large the error of a row or column may be:
-
-        the least tolerance + 4 * the definition's largest error, in the kernel's dtypes
-
-    In 16 bits, this error varies, so it is the larger one of two seeds, unless that takes
-    long."""
-    least, cases = DTYPES[case.dtypes].least, [case]
-    if least > 1e-4 and math.prod(case.lead) * case.k * case.d < 10**7:
-        cases.append(replace(case, seed=case.seed + 1000, layouts={}))
-    trials = [*map(exact_and_rounded, cases)]
-    values, _, norms = trials[0]
-    return {name: Expected(value, norms[name], least + 4 * max(
-                largest(errors(rounded[name], exact[name], norm[name]))
-                for exact, rounded, norm in trials))
-            for name, value in values.items()}
+def norms_of(values, case, x, W0, A, B, Wg, grad_y, bias=None):
+    """Returns the norms by which errors are divided: those of the correct values. But for x and
+    Wg, a norm is at least that of the second term of softmax's derivative, with the norm of
+    grad_y * update in the place of its sum. Where they cancel, rounding errors remain."""
+    norms = {name: t.nan_to_num(0.0).norm().item() or 1.0 for name, t in values.items()}
+    if "x.grad" in values and not case.spoiled:
+        w, z = F.linear(x, Wg).softmax(-1), F.linear(x, A)
+        update = case.scaling * torch.einsum("...n,...r,ndr->...d", w, z, B)
+        second = w * (grad_y * update).norm(dim=-1, keepdim=True)  # (..., n)
+        flat = second.reshape(-1, len(Wg)).T @ x.reshape(-1, x.shape[-1])
+        for name, t in {"x.grad": second @ Wg, "Wg.grad": flat}.items():
+            norms[name] = max(norms[name], t.norm().item())
+    return norms
 
 
 def errors(found, value, norm):
     """Returns the norms of the errors of rows and columns, relative to the norm of an
-    average row or column."""
-    off = as_float64(found) - value
+    average row or column. Where the correct value is nan, nan is no error."""
+    found = as_float64(found)
+    both_nan = found.isnan() & value.isnan()
+    off = found.sub_(value).masked_fill_(both_nan, 0.0)
     parts = dict(rows=off.norm(dim=-1), columns=off.reshape(-1, off.shape[-1]).norm(dim=0))
     return {part: each.nan_to_num(math.inf) * each.numel()**0.5 / norm
             for part, each in parts.items()}
@@ -377,12 +368,44 @@ def largest(parts):
     return max(each.max().item() if each.numel() else 0.0 for each in parts.values())
 
 
-def wrong_ones(found, case):
+@functools.lru_cache(320)
+def correct(case):
+    """Returns, for y and each gradient, the correct value, the norm by which errors are
+    divided, and how large the error of a row or column may be:
+
+        the least tolerance + 5 * the definition's error, in the kernel's dtypes
+
+    In 16 bits, this error depends on the order, so it is the larger one of two orders, unless
+    that takes long. In the gradients of x and Wg, it is 0 if the terms of softmax's derivative
+    cancel exactly, so their least tolerance is four times as large."""
+    least, functions = DTYPES[case.dtypes].least, [definition]
+    in_16_bits = least > 1e-4
+    if in_16_bits and max(math.prod(case.lead), case.k, case.d) < 1000:
+        functions.append(in_another_order)
+    tensors = {name: t for name, t in make(case).items() if t is not None}
+    exact = {name: as_float64(t) for name, t in tensors.items()}
+    values = by_definition(exact, case)
+    if "mixed" in case.dtypes:  # a kernel may compute in 16 bits
+        tensors = {name: t.to(tensors["x"].dtype) for name, t in tensors.items()}
+    with autocast(case):
+        rounded = [by_definition(tensors, case, function) for function in functions]
+    if case.spoiled:
+        values, *rounded = map(finiteness, [values, *rounded])
+        values = {name: as_float64(t) for name, t in values.items() if name == "y" or t.any()}
+
+    norms, expected = norms_of(values, case, **exact), {}
+    for name, value in values.items():
+        error = max(largest(errors(each[name], value, norms[name])) for each in rounded)
+        assert error < math.inf, f"the definition overflows in {case}"
+        times = 4 if in_16_bits and name in ("x.grad", "Wg.grad") else 1
+        expected[name] = value, norms[name], times * least + 5 * error
+    return expected
+
+
+def wrong_ones(found, expected):
     """Returns the names of what is wrong: y, then the worst gradient first."""
-    excess = {}
-    for name, t in found.items():
-        value, norm, allowed = correct(case)[name]
-        excess[name] = largest(errors(t, value, norm)) / allowed
+    excess = {name: largest(errors(found[name], value, norm)) / allowed
+              for name, (value, norm, allowed) in expected.items() if name in found}
     return sorted([name for name in excess if not excess[name] <= 1],
                   key=lambda name: (name != "y", -excess[name]))
 
@@ -401,19 +424,8 @@ SETTINGS = {  # what reads a global setting -> what puts it back
     torch.get_deterministic_debug_mode: torch.set_deterministic_debug_mode,
     torch.initial_seed: torch.manual_seed,
 }
-
-
-@contextlib.contextmanager
-def new_memory_is_nan():
-    """Uses a mode of PyTorch that fills new memory, and then the user's mode again."""
-    before = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode("warn")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.set_deterministic_debug_mode(before)
+REFUSED = "in-?place operation|modified inplace|donated"
+REFUSED_AGAIN = "|second time|already unpacked"
 
 
 class Call:
@@ -421,46 +433,52 @@ class Call:
     begins with `moment`, and says whether the same call passes alone, if it is not alone."""
 
     def __init__(self, kernel, case, inputs=None, moment="", alone=False):
-        __tracebackhide__ = True
         self.kernel, self.case, self.moment, self.alone = kernel, case, moment, alone
         with MODES[case.mode]():
             self.inputs = dict(inputs or make(case))
         self.before = {name: t.detach().clone() for name, t in self.inputs.items()
                        if t is not None}
+        self.leaves = {name: self.inputs[name] for name in case.inputs
+                       if case.mode == "gradients" and name not in case.frozen}
         arguments = [self.inputs[name] for name in INPUTS]
         with MODES[case.mode](), autocast(case), self.guard("the call"):
             self.y = kernel(*arguments, case.scaling)
-
-        dtypes, shape = DTYPES[case.dtypes], (*case.lead, case.d)
-        allowed = [dtypes.autocast, f32] if dtypes.autocast else [dtypes.x]
-        self.leaves = {name: self.inputs[name] for name in case.inputs
-                       if case.mode == "gradients" and name not in case.frozen}
-        if not isinstance(self.y, torch.Tensor):
-            self.fail(f"y is no tensor, but {type(self.y).__name__}")
-        if self.y.shape != shape:
-            self.fail(f"wrong shape: expected {shape}, found {(*self.y.shape,)}")
-        if self.y.dtype not in allowed:
-            self.fail(f"wrong dtype: expected one of {allowed}, found {self.y.dtype}")
-        if self.y.numel() and not self.y.requires_grad and self.leaves.keys() & {*TRAINED}:
-            self.fail(f"y does not require grad, unlike {', '.join(self.leaves)}")
+        self.check_y()
         self.grad_y = self.inputs["grad_y"].to(self.y.dtype)
+
+    def check_y(self):
+        y, dtypes, shape = self.y, DTYPES[self.case.dtypes], (*self.case.lead, self.case.d)
+        allowed = [dtypes.autocast, f32] if dtypes.autocast else [dtypes.x]
+        if not isinstance(y, torch.Tensor):
+            self.fail(f"y is no tensor, but {type(y).__name__}")
+        if y.shape != shape:
+            self.fail(f"wrong shape: expected {shape}, found {(*y.shape,)}")
+        if y.dtype not in allowed:
+            self.fail(f"wrong dtype: expected one of {allowed}, found {y.dtype}")
+        trained = TRAINED[:3] if self.case.n == 1 else TRAINED  # a single gate is 1
+        if y.numel() and not y.requires_grad and self.leaves.keys() & {*trained}:
+            self.fail(f"y does not require grad, unlike {', '.join(self.leaves)}")
 
     @contextlib.contextmanager
     def guard(self, what):
         """What the kernel does here must not raise, or change a global setting or an input."""
-        __tracebackhide__ = True
-        with new_memory_is_nan() if self.case.filled else contextlib.nullcontext():
-            settings = {get: get() for get in SETTINGS}
-            try:
+        debug_mode = torch.get_deterministic_debug_mode()
+        if self.case.filled:
+            torch.set_deterministic_debug_mode("warn")  # PyTorch fills new memory
+        settings = {get: get() for get in SETTINGS}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 yield
-            except Exception as error:
-                self.fail(f"{what} raised {type(error).__name__}: {error}",
-                          "If that is by design, use -k to leave out such tests. If it passes in\n"
-                          "a new process, an earlier call left something behind.")
-            for get, put_back in SETTINGS.items():
-                if get() != settings[get]:
-                    put_back(settings[get])
-                    self.fail(f"{what} changed what torch.{get.__name__} returns")
+        except Exception as error:
+            self.fail(describe_error(what, error), BY_DESIGN)
+        finally:
+            changed = [get for get in SETTINGS if get() != settings[get]]
+            for get in changed:
+                SETTINGS[get](settings[get])
+            torch.set_deterministic_debug_mode(debug_mode)
+        if changed:
+            self.fail(f"{what} changed what torch.{changed[0].__name__} returns")
         for name, value in self.before.items():
             t = self.inputs[name]
             if not torch.allclose(t.detach(), value, rtol=0, atol=0, equal_nan=True):
@@ -470,142 +488,77 @@ class Call:
             if t.grad is not None:
                 self.fail(f"{what} wrote to {name}.grad")
 
-    def gradients(self):
-        """Returns the gradients. A missing gradient of x, A, B or Wg counts as 0."""
-        if not self.y.requires_grad:
-            return {}
-        leaves = self.leaves
-        grads = torch.autograd.grad(self.y, [*leaves.values()], self.grad_y, allow_unused=True)
+    def change(self, name):
+        """Changes an element of y (as y += residual does) or of an input."""
+        t = self.y if name == "y" else self.inputs[name]
+        if t is not None and t.numel():
+            t.detach()[(0,) * t.dim()].add_(9)
+        if name in self.before:
+            self.before[name] = t.detach().clone()
+
+    def gradients(self, number=0):
+        """Returns the gradients of a backward pass. A missing gradient of x, A, B or Wg counts
+        as 0. PyTorch may refuse a pass after a change, or one of two. Then there is none."""
+        leaves, case = self.leaves, self.case
+        try:
+            grads = torch.autograd.grad(self.y, [*leaves.values()], self.grad_y,
+                                        retain_graph=number + 1 < case.passes, allow_unused=True)
+        except RuntimeError as error:
+            refused = REFUSED + REFUSED_AGAIN if number else REFUSED
+            if (case.changed or case.passes > 1) and re.search(refused, str(error)):
+                return {}
+            raise
         return {f"{name}.grad": torch.zeros_like(leaves[name]) if g is None else g
                 for name, g in zip(leaves, grads) if g is not None or name in TRAINED}
 
     def results(self):
-        __tracebackhide__ = True
-        with self.guard("the backward"):
-            grads = self.gradients()
-        return {"y": self.y} | grads
+        """Returns y and the gradients, for each backward pass."""
+        if not self.y.requires_grad:
+            return [{"y": self.y}]
+        y = self.y.detach()
+        if self.case.changed:
+            y = y.clone()
+            self.change(self.case.changed)
+        results = []
+        for number in range(self.case.passes):
+            with self.guard("the backward"):
+                results.append({"y": y} | self.gradients(number))
+        return results
 
-    def compare(self, found):
-        __tracebackhide__ = True
-        wrong = wrong_ones(found, self.case)
-        if wrong:
-            self.fail(*describe(self.case, found, wrong))
+    def compare(self, results):
+        expected = correct(self.case)
+        for found in results:
+            if self.case.spoiled:
+                found = finiteness(found)
+            wrong = wrong_ones(found, expected)
+            if wrong:
+                self.fail(*describe(self.case, found, expected, wrong))
 
     def fail(self, message, advice=""):
-        __tracebackhide__ = True
         if not self.alone and not failure(self.kernel, self.case):
             advice = LEFT_BEHIND
-        shapes = ", ".join(f"{name} {(*t.shape,)}" for name, t in self.before.items())
         raise AssertionError("\n".join(filter(None, [
-            f"{self.moment}{message}", f"in {self.case}: {shapes}", advice]))) from None
+            f"{self.moment}{message}", f"in {self.case}", advice]))) from None
 
 
 def check(*calls):
     """Runs the backward passes, neither in the order of the calls nor in reverse (a kernel
     may keep a queue or a stack). Compares results only then, since a call may overwrite
     those of another."""
-    __tracebackhide__ = True
     found = {call: call.results() for call in calls[::2] + calls[1::2]}
     for call in calls:
         call.compare(found[call])
 
 
-# ---- The message of a failure ----
-LEFT_BEHIND = """\
-The same call passes alone, on new tensors. So the kernel seems to use what was left behind or
-changed since: a cache, a workspace, a tensor saved without save_for_backward, new memory
-(torch.empty), memory past a tensor's end, a race?"""
-
-
-def describe(case, found, wrong):
-    """Returns what is wrong, where, by how much, and advice or ""."""
-    worst, places, advice = wrong[0], [], ""
-    given, (value, norm, allowed) = as_float64(found[worst]), correct(case)[worst]
-    parts = errors(given, value, norm)
-    for part, each in parts.items():
-        off = torch.argwhere(each > allowed)
-        if 0 < len(off) < each.numel():
-            places.append(f" in {len(off)} of {each.numel()} {part}, first {off[0].tolist()}")
-    right = [name for name in found if name not in wrong]
-    lines = [
-        f"{worst} is {'wrong' if given.any() else 'zero or missing'}{','.join(places)}: "
-        f"error {largest(parts):.2g}, tolerance {allowed:.2g}",
-        f"wrong, worst first: {', '.join(wrong)}; correct: {', '.join(right) or 'nothing'}"]
-    factor = ((given * value).sum() / value.square().sum()).item()
-    if abs(factor) > 0.01 and largest(errors(given / factor, value, norm)) <= allowed:
-        lines.insert(1, f"{worst} is {factor:.3g} times the correct one; "
-                        f"the scaling is {case.scaling}")
-    if given.isnan().any() and not case.layouts:  # a layout would be the cause
-        where = "in new memory and after each input" if case.filled else "after each input"
-        advice = f"nan is {where}: was torch.empty read, or past an end? Or 0 / 0?"
-    return "\n".join(lines), advice
-
-
-@torch.inference_mode(False)  # in any mode
-@torch.enable_grad()
-def failure(kernel, case, alone=True):
-    """Returns the message of a call, or ""."""
-    try:
-        check(Call(kernel, case, alone=alone))
-    except AssertionError as error:
-        return str(error)
-    return ""
-
-
-def simpler(case, plain):
-    """Yields cases with one difference fewer from `plain`."""
-    for name, value in vars(case).items():
-        if isinstance(value, dict):
-            for key in value:
-                yield replace(case, **{name: {k: v for k, v in value.items() if k != key}})
-        elif name == "frozen":
-            for key in value:
-                yield replace(case, frozen=tuple(other for other in value if other != key))
-        elif name != "dtypes" and value != getattr(plain, name):
-            yield replace(case, **{name: getattr(plain, name)})
-
-
-def simplest(kernel, case, message, keep_id):
-    """Takes back each difference from Case() without which the call fails in the same way.
-    Returns the case and its message. If keep_id, the id stays, by which -k selects."""
-    def kind(message):  # as in "y is wrong", "the call raised TypeError"
-        return re.findall(r"[\w.]+", message)[:4 if message.startswith("the call raised") else 3]
-
-    plain = Case(k=64, d=64, r=16) if keep_id and "aligned" in case.id else Case()
-    for other in simpler(case, plain):
-        again = failure(kernel, other) if other.id == case.id or not keep_id else ""
-        if again and kind(again) == kind(message):
-            return simplest(kernel, other, again, keep_id)
-    return case, message
-
-
-def lines_like(kernel, case):
-    """Returns the lines of KNOWN with which KERNEL gives the same wrong results."""
-    found, lines = Call(kernel, case).results(), []
-    for line in KNOWN:
-        with contextlib.suppress(Exception):  # it does not run here
-            other = Call(mutant(line), case).results()
-            if all(alike(other[name], found[name], correct(case)[name]) for name in found):
-                lines.append(line)
-    return lines
-
-
-def alike(other, found, expected):
-    """Whether both are correct, or wrong by far more than they differ."""
-    found = as_float64(found)
-    norm = max(expected.norm, found.norm().item())
-    error = largest(errors(found, expected.value, norm))
-    far = error / 20 if error > expected.allowed else math.inf
-    return largest(errors(other, found, norm)) <= min(far, expected.allowed)
-
-
 # ---- The tests ----
 @pytest.fixture
-def implementation():
+def implementation(monkeypatch):
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        monkeypatch.setenv(name, "8")  # not 1024 compiled products, half a gigabyte
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(2**40)  # which no kernel sets
-    torch.set_float32_matmul_precision("highest")  # whatever the kernel's module set
+    torch.set_float32_matmul_precision("highest")
     yield IMPLEMENTATION
     torch.set_num_threads(threads)
 
@@ -618,39 +571,23 @@ def each_of(cases):
 @each_of(sorted(itertools.chain(*RANDOM.values()), key=lambda case: case.seed))
 def test_oracle_results(implementation, case):
     message = failure(implementation, case, alone=False)
-    if message and LEFT_BEHIND not in message:
-        keep_id = bool(failure(implementation, Case(case.dtypes)))  # it may not support Case()
-        case, message = simplest(implementation, case, message, keep_id)
-        if " is wrong" in message or "zero or missing" in message:
-            for line in lines_like(implementation, case):
-                message += f"\nKERNEL gives the same results with this line: {line}"
     if message:
-        raise AssertionError(message)
+        raise AssertionError(simplest(implementation, case, message))
 
 
-@contextlib.contextmanager
-def or_raises(error, moment):
-    """PyTorch may raise this error instead."""
-    try:
-        yield
-    except RuntimeError as raised:
-        if not error or not re.search(error, str(raised)):
-            raise AssertionError(f"{moment}RuntimeError: {raised}") from None
-
-
-@each_of(GENERAL)
+@each_of(GENERAL + [
+    replace(case, **change) for case in GENERAL[::6]  # in each dtypes
+    for change in (dict(lead=(2, 0)), dict(layouts=dict.fromkeys(INPUTS, "tokens-first")))])
 def test_oracle_calls_in_a_row(implementation, case):
     """The test makes calls with other tokens, weights, sizes and layouts, all before the
     first backward. They share the tensors that do not change. A correct kernel keeps no
-    scaling, size, grid, gates or buffer of an earlier call."""
-    times = 5 if case.bias and case.mode == "gradients" else 1
+    scaling, size, grid, gates or buffer of an earlier call. Then two calls add up in .grad."""
     changes = [
         {}, {}, dict(scaling=0.0), dict(scaling=-1.75), dict(lead=(2, 1)), dict(seed=1),
-        dict(lead=(2, 70)), dict(lead=(2, 0)), dict(lead=(2, 1), seed=1), dict(r=32),
-        dict(bias=False), dict(n=20), {},
-        dict(layouts=dict.fromkeys(INPUTS, "tokens-first")), {}]
+        dict(lead=(2, 67)), {}, dict(lead=(2, 1), seed=1), dict(r=32),
+        dict(bias=False), dict(n=20), {}, dict(layouts={}), {}]
     start, calls = make(case), []
-    for change in times * changes:
+    for change in changes:
         now, what = replace(case, **change), ", ".join(f"{k}={v}" for k, v in change.items())
         inputs = make(now)
         for name in now.inputs:
@@ -659,6 +596,10 @@ def test_oracle_calls_in_a_row(implementation, case):
                 inputs[name] = old
         calls.append(Call(implementation, now, inputs, f"call {len(calls) + 1}, {what}: "))
     check(*calls)
+    if start["x"].numel() and case.mode == "gradients":
+        for call in [Call(implementation, case, start, "two calls: ") for _ in range(2)]:
+            call.y.backward(call.grad_y)
+        call.compare([{f"{name}.grad": start[name].grad / 2 for name in TRAINED}])
 
 
 @each_of(GENERAL)
@@ -677,61 +618,9 @@ def test_oracle_changed_tensors(implementation, case):
                 inputs[name].data = new
             else:
                 inputs[name].data.copy_(new)
-            for mode in (case.mode, "values"):
+            for mode in sorted({case.mode, "values"}):
                 check(Call(implementation, replace(now, mode=mode), inputs,
                            f"after {name} was changed ({way}): "))
-
-
-@each_of([case for case in GENERAL if case.mode == "gradients"])
-def test_oracle_gradients_of_each_subset(implementation, case):
-    for size in range(len(case.inputs) + 1):
-        for frozen in itertools.combinations(case.inputs, size):
-            moment = f"if {', '.join(frozen) or 'nothing'} is frozen: "
-            check(Call(implementation, replace(case, frozen=frozen), moment=moment))
-
-
-@each_of([case for case in GENERAL if case.mode == "gradients"])
-def test_oracle_gradients_accumulate(implementation, case):
-    """Two calls add up in .grad, and so do two backward passes of one call, or PyTorch
-    raises an error (as it does for a compiled kernel)."""
-    for moment, calls, passes in (("two calls: ", 2, 1), ("two backward passes: ", 1, 2)):
-        inputs = make(case)
-        made = [Call(implementation, case, inputs, moment) for _ in range(calls)]
-        with or_raises("second time|donated" if passes > 1 else None, moment):
-            for _ in range(passes):
-                torch.autograd.backward([call.y for call in made], [call.grad_y for call in made],
-                                        retain_graph=passes > 1)
-            made[0].compare({f"{name}.grad": inputs[name].grad / 2 for name in TRAINED})
-
-
-@each_of([case for case in GENERAL if case.mode == "gradients"])
-def test_oracle_gradients_after_a_change(implementation, case):
-    """After the call, the test changes y in place (as y += residual does) or an input.
-    With a correct kernel, gradients are correct, or PyTorch raises an error."""
-    for name in ("y", *case.inputs):
-        moment = f"after the test changed {name}, the backward: "
-        call = Call(implementation, case, None, moment)
-        with or_raises("inplace operation|modified inplace|in-place operation", moment):
-            (call.y if name == "y" else call.inputs[name].detach()).add_(1)
-            call.compare(call.gradients())
-
-
-@each_of(GENERAL)
-def test_oracle_nan_propagates(implementation, case):
-    """The test puts a nan into an input, or an inf into grad_y (which a GradScaler looks
-    for). With a correct kernel, y is nan where it is by definition, and there alone; a
-    gradient that is not finite by definition is not finite."""
-    for name in (*case.inputs, "grad_y"):
-        now = replace(case, spoiled=name)
-        call = Call(implementation, now, moment=f"if {name} has a nan or inf: ")
-        found = {key: as_float64(t) for key, t in call.results().items()}
-        values = {key: correct(now)[key].value for key in found}
-        if not torch.equal(found["y"].isnan(), values["y"].isnan()):
-            call.fail("y is nan at other elements than by definition")
-        finite = [key for key in found
-                  if found[key].isfinite().all() and not values[key].isfinite().all()]
-        if finite:
-            call.fail(f"this should not be finite, but is: {', '.join(finite)}")
 
 
 @each_of(GENERAL)
@@ -752,10 +641,118 @@ def test_oracle_memory_is_freed(implementation, case):
 
 @parametrize("case", [
     pytest.param(case, id=f"slow-{name}-{case.id}") for name in LARGE
-    for dtypes in ("fp32", "bf16", "mixed-bf16") for case in large(name, dtypes)])
+    for dtypes in ("fp32", "bf16") for case in large(name, dtypes)])
 def test_oracle_slow_results(implementation, case):
+    correct.cache_clear()
     check(Call(implementation, case))
 
+
+# ==== 2. What a failure says ====
+
+LEFT_BEHIND = """\
+On new tensors, the same call may pass: the kernel seems to use what was left behind or changed
+since. A cache, a workspace, a tensor saved without save_for_backward, torch.empty, a race?"""
+OVERFLOW = "Did exp(logit), a sum or float16 overflow? Or is it 0 / 0?"
+OUTSIDE = """\
+nan is after each input and, if filled, in new memory: was torch.empty read, or past an end?
+Or is it 0 / 0?"""
+BY_DESIGN = """\
+If that is by design, leave out such tests with -k, by a word of their ids. If it passes in a
+new process, an earlier call left something behind."""
+
+
+def describe(case, found, expected, wrong):
+    """Returns what is wrong, where and by how much, and advice or ""."""
+    worst = wrong[0]
+    right = [name for name in found if name not in wrong]
+    names = f"wrong, worst first: {', '.join(wrong)}; correct: {', '.join(right) or 'nothing'}"
+    if case.spoiled and worst != "y":
+        return f"{worst} is wrong: finite, but not by definition\n{names}", ""
+
+    given, (value, norm, allowed) = as_float64(found[worst]), expected[worst]
+    parts, places = errors(given, value, norm), []
+    for part, each in parts.items():
+        off = torch.argwhere(each > allowed)
+        if 0 < len(off) < each.numel():
+            places.append(f" in {len(off)} of {each.numel()} {part}, first {off[0].tolist()}")
+    how = ("wrong" if given.any() else "zero or missing") + ",".join(places)
+    lines = [f"{worst} is {how}: error {largest(parts):.2g}, tolerance {allowed:.2g}"]
+    factor = ((given * value).sum() / value.square().sum()).item()
+    if (abs(factor) > 0.01 and f"{factor:.3g}" != "1"
+            and largest(errors(given / factor, value, norm)) <= allowed):
+        lines.append(f"{worst} is {factor:.3g} times the correct one; "
+                     f"the scaling is {case.scaling}")
+    advice = ""
+    if not (case.spoiled or case.layouts or given.isfinite().all()):  # they would be the cause
+        overflow = given.isinf().any() or case.factors
+        advice = OVERFLOW if overflow else OUTSIDE
+    return "\n".join([*lines, names]), advice
+
+
+def describe_error(what, error):
+    """Returns what was raised, with the last lines of the kernel."""
+    others = (__file__, os.path.dirname(torch.__file__))
+    lines = [line for line in traceback.extract_tb(error.__traceback__)
+             if not line.filename.startswith(others)]
+    message = f"{what} raised {type(error).__name__}: {error}"
+    return "\n".join([message, *traceback.format_list(lines[-3:])]).rstrip()
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def failure(kernel, case, alone=True):
+    """Returns the message of a call, or ""."""
+    try:
+        check(Call(kernel, case, alone=alone))
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+def simpler(case):
+    """Yields cases with one difference fewer from Case()."""
+    for name, value in vars(case).items():
+        if isinstance(value, dict):
+            for key in value:
+                yield replace(case, **{name: {k: v for k, v in value.items() if k != key}})
+        elif name == "frozen":
+            for key in value:
+                yield replace(case, frozen=tuple(other for other in value if other != key))
+        elif name != "dtypes" and value != getattr(Case(), name):
+            yield replace(case, **{name: getattr(Case(), name)})
+
+
+def simplest(kernel, case, message):
+    """Takes back each difference from Case() without which the call fails in the same way,
+    and returns the last message. If Case() fails, the kernel may not support it: then the id
+    stays, by which -k selects."""
+    def kind(message):  # as in "y is wrong", "the call raised TypeError"
+        return re.findall(r"[\w.]+", message)[:4 if message.startswith("the call raised") else 3]
+
+    if LEFT_BEHIND in message:
+        return message
+    keep_id = bool(failure(kernel, Case(case.dtypes)))
+    others = simpler(case)
+    while other := next(others, None):
+        again = failure(kernel, other) if other.id == case.id or not keep_id else ""
+        if again and kind(again) == kind(message):
+            message, others = again, simpler(other)
+    return message
+
+
+# ==== 3. Does the oracle notice? ====
+
+# To let cases vary in something else, add a field at the end of Case, use it in `make` or
+# Call, and choose it at the end of random_case: then the choices before it stay. To add a
+# test, write it at the end of room 1:
+#
+#     @each_of(GENERAL)
+#     def test_oracle_negative_scaling(implementation, case):
+#         check(Call(implementation, replace(case, scaling=-1.0)))
+#
+# Then add to MISTAKES a line that makes KERNEL wrong for your test, but not for Case():
+#
+#     "negative_scaling": {"scaling = abs(scaling)": "y is wrong"},
 
 TESTS = {name.removeprefix("test_oracle_"): test for name, test in globals().items()
          if name.startswith("test_oracle_")}
@@ -769,23 +766,25 @@ def run_check(name, kernel, dtypes):
         for parameter in parameters:
             if parameter.values[0].dtypes == dtypes:
                 TESTS[name](kernel, *parameter.values)
+    elif name in LARGE:
+        for case in large(name, dtypes):
+            SLOW(kernel, case)
     else:
-        cases = {"random": RANDOM[dtypes], "plain": RANDOM[dtypes][:1]}.get(name)
-        for case in cases or large(name, dtypes):
-            (FAST if cases else SLOW)(kernel, case)
+        for case in RANDOM[dtypes] if name == "random" else [Case(dtypes)]:
+            FAST(kernel, case)
 
 
 # ---- Mistakes ----
 KERNEL = """\
 def kernel(x, W0, bias, A, B, Wg, scaling):
     (n, d, r), k, tokens = B.shape, x.shape[-1], x.shape[-2] if x.dim() > 1 else 0
-    base = F.linear(x, W0, bias)                                    # (..., d)
-    h = x.to(A.dtype)                                               # (..., k)
-    logits = F.linear(h, Wg)                                        # (..., n)
-    w = logits.softmax(-1)                                          # (..., n)
-    z = F.linear(h, A)                                              # (..., r)
+    base = F.linear(x, W0, bias)      # (..., d)
+    h = x.to(A.dtype)                 # (..., k)
+    logits = F.linear(h, Wg)          # (..., n)
+    w = logits.softmax(-1)            # (..., n)
+    z = F.linear(h, A)                # (..., r)
     delta = scaling * torch.einsum("...n,...r,ndr->...d", w, z, B)  # (..., d)
-    y = base + delta.to(base.dtype)                                 # (..., d)
+    y = base + delta.to(base.dtype)   # (..., d)
     return y
 """
 
@@ -798,8 +797,6 @@ def mutant(*lines):
         name = re.match(r"\w*", line)[0]
         step = "base" if name in (*INPUTS, "scaling") else name
         places = [i for i, each in enumerate(steps) if each.startswith(f"    {step} = ")]
-        if not places:
-            raise ValueError(f"{line!r} begins with no step or argument of KERNEL")
         steps.insert(max(places) + (step == name), "    " + line)
     scope = globals() | {"memory": {}}
     exec("\n".join(steps), scope)
@@ -825,147 +822,153 @@ def first(t, size, dim=-1):
     return torch.cat([t, 0 * rest], dim)
 
 
-def as_contiguous(t):
-    """Returns what a kernel reads if it assumes that t is contiguous."""
-    return reads(t, t.detach().as_strided(t.shape, torch.empty(t.shape).stride()))
+def lies_as(t, row):
+    """Whether t lies in memory as by this row of LAYOUTS, and by no other."""
+    if t.dim() != 3 or min(t.shape) < 2:
+        return False
+    other = LAYOUTS[row](t.detach())
+    return (t.stride(), t.storage_offset()) == (other.stride(), other.storage_offset())
 
 
-# A message names those lines that give the same wrong results
-KNOWN = [
-    "scaling = 1.0",
-    "B = B.roll(1, 0)",
-    "base = F.linear(x, W0)",
-    "w = 0 * w + 1",
-    "w = logits.softmax(-2)",
-    "w = uncentred(logits)",
-    "w = w.detach()",
-    "logits = F.linear(h.detach(), Wg)",
-    "logits = F.linear(h, A) @ Wg[:, :r].mT",
-    "A, B, Wg = A.detach(), B.detach(), Wg.detach()",
-]
-# What catches a mistake ("plain" is Case(), "random" are the random cases; or a row of LARGE
-# or a test), lines that make it, a part of the message, and the dtypes
-Mistake = collections.namedtuple("Mistake", "caught_by lines message dtypes",
-                                 defaults=("y is wrong", "fp32"))
-MISTAKES = [Mistake(*row) for row in [
-    *(("plain", line, line) for line in KNOWN),
-    ("plain", "Wg = backward(Wg, lambda g: g / scaling)",
-     "Wg.grad is 0.571 times the correct one; the scaling is 1.75"),
-    ("plain", "y.data[..., -1].mul_(1 + 1.3e-4)", "y is wrong in 1 of 6 columns, first [5]"),
-    ("plain", "y = y.double()", "wrong dtype"),
-    ("plain", "h = x", "the call raised RuntimeError", "mixed-bf16"),
-    ("plain", "y, _ = y, torch.manual_seed(0)", "the call changed what torch.initial_seed returns"),
-    ("plain", "y = backward(y, lambda g: g.data.mul_(2))", "the backward changed grad_y in place"),
-    ("plain", "A = A + 0 * A.detach().as_strided([1], [1], A.numel())", "nan is after each input"),
-    # the simplest case names the cause
-    ("random", "delta = delta * (n > 1)", "in Case(n=1)"),
-    ("random", "y = y if tokens else y[None]", "in Case(lead=())"),
-    ("random", "A = backward(A, lambda g: g + (x.numel() == 0))", "in Case(lead=(0, 5))"),
-    ("random", "delta = delta * B.any()", "in Case(factors={'B': 0})"),
-    ("random", "w = logits.exp() / logits.exp().sum(-1, keepdim=True)", "factors={'Wg': 30}"),
-    ("random", "z = z + 0 * torch.empty_like(z) if torch.get_deterministic_debug_mode() else z",
-     "nan is in new memory"),
-    ("random", "A = backward(A, lambda g: g * x.requires_grad)", "frozen=('x',)"),
-    ("random", "delta = delta * (not torch.is_inference_mode_enabled())", "mode='inference'"),
-    ("random", "W0 = W0.T if k == d else W0", "in Case(k="),
-    ("random", "delta = delta * (bias is not None)", "bias=False"),
-    ("random", "x = as_contiguous(x)", "'x': '"),
-    ("random", "y = backward(y, as_contiguous)", "'grad_y': '"),
+MISTAKES = {  # what catches them, in fp32 if it says no other: {lines: a part of the message}
+    "plain": {
+        **dict.fromkeys([
+            "scaling = 1.0", "B = B.roll(1, 0)", "base = F.linear(x, W0)", "w = 0 * w + 1",
+            "w = logits.softmax(-2)", "logits = F.linear(h, A) @ Wg[:, :r].mT"], "y is wrong"),
+        "w = (logits - logits.logsumexp(-1, True).detach()).exp()": "Wg.grad is wrong",
+        "logits = F.linear(h.detach(), Wg)": "x.grad is wrong",
+        "w = w.detach()": "Wg.grad is zero or missing",
+        "A, B, Wg = A.detach(), B.detach(), Wg.detach()": "B.grad is zero or missing",
+        "Wg = backward(Wg, lambda g: g / scaling)":
+            "Wg.grad is 0.571 times the correct one; the scaling is 1.75",
+        "y = y.double()": "wrong dtype",
+        "y = y[99]": ", in kernel",
+        "y = backward(y, lambda g: g.data.mul_(2))": "the backward changed grad_y in place",
+        "y, A.grad = y, torch.zeros_like(A)": "the call wrote to A.grad",
+        "A = A + 0 * A.detach().as_strided([1], [1], A.numel())": "nan is after each input",
+        **{f"y, _ = y, torch.{change}": "the call changed what torch." for change in (
+            "set_grad_enabled(False)", "set_default_dtype(f64)", "set_num_threads(2)",
+            "set_float32_matmul_precision('high')", "set_deterministic_debug_mode('warn')",
+            "manual_seed(0)")},
+    },
+    "plain in mixed-bf16": {"h = x": "the call raised RuntimeError"},
+    **{f"plain in {dtypes}": {f"y.data[..., -1].mul_(1 + {error})": "in 1 of 6 columns, first [5]"}
+       for dtypes, error in dict(fp64=1.3e-10, fp32=1.3e-4, bf16=0.06, fp16=0.012).items()},
+    "random": {  # the simplest case names the cause
+        "delta = delta * (n > 1)": "in Case(n=1)",
+        "y, _ = y, n > 1 or torch.set_num_threads(2)": "in Case(n=1)",
+        "y = y if tokens else y[None]": "in Case(lead=())",
+        "A = backward(A, lambda g: g + (x.numel() == 0))": "in Case(lead=(0, 5))",
+        "delta = first(delta, tokens - tokens % 2, -2) if tokens > 9 else delta":
+            "rows, first [",
+        "delta = delta * B.any()": "in Case(factors={'B': 0})",
+        "w = logits.exp() / logits.exp().sum(-1, keepdim=True)": "factors={'Wg': 30}",
+        "z = z + 0 * torch.empty_like(z) if torch.get_deterministic_debug_mode() else z":
+            "in Case(filled=True)",
+        "A = backward(A, lambda g: g * x.requires_grad)": "frozen=('x',)",
+        "Wg.requires_grad_()": "changed Wg.requires_grad",
+        "y = y if x.requires_grad else y.detach()": "y does not require grad, unlike ",
+        "delta = delta * (not torch.is_inference_mode_enabled())": "mode='inference'",
+        "W0 = W0.T if k == d else W0": "in Case(k=",
+        "delta = delta * (bias is not None)": "bias=False",
+        "y = backward(y, lambda g: g if g.is_contiguous() else 2 * g)": "'grad_y': '",
+        **{f"x = 2 * x if lies_as(x, {row!r}) else x": f"'x': {row!r}" for row in LAYOUTS},
+        "x = torch.nan_to_num(x)": "spoiled='x'",
+        "y = y + 0 * x.sum()": "spoiled='x'",
+        "y = backward(y, lambda g: g.clamp(-1e4, 1e4))": "spoiled='grad_y'",
+        "y = backward(y, lambda g: g * (y._version == 0))": "changed='y'",
+        "logits = backward(logits, lambda g: w.data.zero_() + g)": "passes=2",
+    },
     # sizes
-    ("large-magnitude", "x = reads(x, x.half().to(x))", "y is wrong", "bf16"),
-    ("large-logits", "w = (logits - logits.amax(-1, keepdim=True).clamp(0)).exp()\n"
-     "w = w / w.sum(-1, keepdim=True)"),
-    ("near-zero", "A = backward(A, lambda g: g * (g.norm() > 0.01))", "A.grad is zero or missing"),
-    ("past-tiles", "A = first(A, 512)"),
-    ("long-input", "A = A * (1 + (k > 8192))"),
-    ("long-output", "bias = first(bias, 8192)"),
-    ("wide-square", "A = A * (1 + (k >= 2048 <= d))"),
-    ("many-wide-inputs", "A = A * (1 + (tokens >= 1024 <= k))"),
-    ("many-wide-outputs", "A = A * (1 + (tokens >= 1024 <= d))"),
-    ("many-heads", "w = first(w, 128 if tokens > 64 else n)"),
-    ("sequence", "delta = first(delta, 65535, -2) if tokens else delta",
-     "y is wrong in 5 of 65540 rows, first [0, 65535]"),
+    "large-magnitude in bf16": {"x = reads(x, x.half().to(x))": "y is wrong"},
+    "large-logits": {
+        "w = (logits - logits.amax(-1, keepdim=True).clamp(0)).exp()\n"
+        "w = w / w.sum(-1, keepdim=True)": "y is wrong"},
+    "near-zero": {"A = backward(A, lambda g: g * (g.norm() > 0.01))": "A.grad is zero or missing"},
+    "many-heads": {"w = first(w, 128 if tokens > 64 else n)": "y is wrong"},
+    "past-tiles": {"A = first(A, 512)": "y is wrong"},
+    "many-tokens": {"delta = first(delta, 2048, -2) if tokens > 2048 and k > 16 else delta":
+                    "y is wrong in 452 of 2500 rows"},
+    "sequence": {"delta = first(delta, 65535, -2) if tokens else delta":
+                 "y is wrong in 5 of 65540 rows, first [0, 65535]"},
+    "long-input": {"A = A * (1 + (k > 8192))": "y is wrong"},
+    "long-output": {"bias = first(bias, 8192)": "y is wrong",
+                    "A = backward(A, lambda g: g.clamp(-65504, 65504))": "A.grad is wrong"},
+    "wide-square": {"A = A * (1 + (k >= 2048 <= d))": "y is wrong"},
+    "many-wide": {"A = A * (1 + (min(tokens, k, d) >= 1024))": "y is wrong"},
     # several calls
-    ("calls_in_a_row", "scaling = memory.setdefault(id(B), scaling)", "call 3, scaling=0.0: y is"),
-    ("calls_in_a_row", "y, _ = y, memory.setdefault(y.shape, y).data.copy_(y)",
-     "lead=(2, 1): y is wrong"),
-    ("calls_in_a_row", "w = memory['w'] = w.clone()\n"
-     "delta = backward(delta, lambda g: g * (memory['w'] is w))", "B.grad is zero or missing"),
-    ("changed_tensors",
-     "A = reads(A, memory.setdefault((A.data_ptr(), A[0, 0].item()), A.detach().clone()))",
-     "after A was changed (in place): y is wrong"),
-    ("changed_tensors", "A = reads(A, memory.setdefault(id(A), A.detach()))", "(moved): y is"),
-    ("changed_tensors",
-     "B = reads(B, memory.setdefault((B.data_ptr(), B.shape), B.detach().clone()))",
-     "The same call passes alone"),
-    ("gradients_of_each_subset", "Wg.requires_grad_()", "changed Wg.requires_grad"),
-    ("gradients_of_each_subset", "y = y if x.requires_grad else y.detach()", "unlike "),
-    ("gradients_accumulate",
-     "logits = backward(logits, lambda g: w.data.zero_() + g)", "two backward passes: "),
-    ("gradients_after_a_change", "y = backward(y, lambda g: g * (y._version == 0))", "changed y,"),
-    ("nan_propagates", "x = torch.nan_to_num(x)", "y is nan at other elements"),
-    ("nan_propagates", "y = y + 0 * x.sum()", "y is nan at other elements"),
-    ("nan_propagates", "y = backward(y, lambda g: g.clamp(-1e4, 1e4))", "should not be finite"),
-    ("memory_is_freed", "y = backward(y, lambda g: memory.update(kept=g))", "keeps grad_y alive"),
-]]
-
-
-@pytest.mark.usefixtures("implementation")
-@parametrize("row", MISTAKES, ids=lambda row: f"{row.caught_by}: {row.lines}")
-def test_mistake_is_caught(row):
-    with pytest.raises(AssertionError, match=re.escape(row.message)):
-        run_check(row.caught_by, mutant(*row.lines.splitlines()), row.dtypes)
-    if row.caught_by != "plain":
-        try:
-            run_check("plain", mutant(*row.lines.splitlines()), row.dtypes)
-        except AssertionError:
-            pytest.fail(f"Case() catches it, too: it does not show what {row.caught_by} adds")
-
-
-def test_each_large_case_and_test_has_a_mistake():
-    found, names = {row.caught_by for row in MISTAKES}, {"plain", "random", *LARGE, *TESTS}
-    assert found == names - {"own"}
-
-
-# ---- Correct kernels ----
-CORRECT_KERNELS = {  # and the dtypes in which they are tested
-    "a module with random weights": (
-        "fp32", lambda *inputs: hydralora_layer(*inputs, device=DEVICE)),
-    "softmax in 16 bits": (
-        "fp16", mutant("w = (logits - logits.amax(-1, keepdim=True)).exp()",
-                       "w = F.normalize(w, p=1, dim=-1)")),
-    "softmax from log_softmax": ("bf16", mutant("w = logits.log_softmax(-1).exp()")),
-    "strided output": (
-        "fp16", mutant("base = base.mT.contiguous().mT if tokens else base")),
-    "adapter cast to the dtype of x": (
-        "mixed-bf16", mutant("A, B, Wg = A.to(x.dtype), B.to(x.dtype), Wg.to(x.dtype)")),
-    "float32 under autocast": ("autocast-bf16", mutant("y = base.float() + delta.float()")),
+    "calls_in_a_row": {
+        "scaling = memory.setdefault(id(B), scaling)": "call 3, scaling=0.0: y is",
+        "y, _ = y, memory.setdefault(y.shape, y).data.copy_(y)": "lead=(2, 1): y is wrong",
+        "w = memory['w'] = w.clone()\n"
+        "delta = backward(delta, lambda g: g * (memory['w'] is w))": "B.grad is zero or missing",
+        **{"w = w.requires_grad and memory.setdefault('saved', []).append(w) or w\n"
+           f"delta = backward(delta, lambda g: g * (memory['saved'].pop({end}) is w))":
+           "B.grad is zero or missing" for end in (0, -1)},  # a queue, a stack
+        "A = backward(A, lambda g, A=A: g - (0 if A.grad is None else A.grad))":
+            "two calls: A.grad is",
+    },
+    "changed_tensors": {
+        "A = reads(A, memory.setdefault((A.data_ptr(), A[0, 0].item()), A.detach().clone()))":
+            "after A was changed (in place): y is wrong",
+        "A = reads(A, memory.setdefault(id(A), A.detach()))": "(moved): y is",
+        "B = reads(B, memory.setdefault((B.data_ptr(), B.shape), B.detach().clone()))":
+            "the same call may pass",
+    },
+    "memory_is_freed": {
+        "y = backward(y, lambda g: memory.update(kept=g))": "keeps grad_y alive",
+        "y, memory['x'] = y, y.requires_grad and x\n"
+        "y = backward(y, lambda g: memory.clear())": "keeps x alive"},
 }
 
 
 @pytest.mark.usefixtures("implementation")
-@parametrize("style", CORRECT_KERNELS)
-def test_correct_kernel_passes(style):
-    dtypes, kernel = CORRECT_KERNELS[style]
+@parametrize("caught_by, lines, message", [
+    pytest.param(caught_by, lines, message, id=f"{caught_by}: {lines}")
+    for caught_by, rows in MISTAKES.items() for lines, message in rows.items()])
+def test_mistake_is_caught(caught_by, lines, message):
+    name, _, dtypes = caught_by.partition(" in ")
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        run_check(name, mutant(*lines.splitlines()), dtypes or "fp32")
+    if name != "plain":  # Case() must not catch it, too
+        run_check("plain", mutant(*lines.splitlines()), dtypes or "fp32")
+
+
+def test_each_large_case_and_test_has_a_mistake():
+    found = {caught_by.partition(" in ")[0] for caught_by in MISTAKES}
+    assert found == {"plain", "random", *LARGE, *TESTS}
+
+
+# ---- Correct kernels ----
+CORRECT = [  # lines that change no more than a kernel may change, in these dtypes
+    ("fp16", "w = F.normalize((logits - logits.amax(-1, keepdim=True)).exp(), p=1, dim=-1)\n"
+             "base = base.mT.contiguous().mT if tokens else base"),
+    ("bf16", "delta = scaling * torch.einsum('ndk,...k,...n->...d', B @ A, h, w)"),
+    ("mixed-bf16", "A, B, Wg = A.to(x.dtype), B.to(x.dtype), Wg.to(x.dtype)"),
+    ("autocast-bf16", "y = base.float() + delta.float()"),
+]
+
+
+@pytest.mark.usefixtures("implementation")
+@parametrize("dtypes, lines", CORRECT)
+def test_correct_kernel_passes(dtypes, lines):
     for name in ["random", *TESTS]:
-        run_check(name, kernel, dtypes)
+        run_check(name, mutant(*lines.splitlines()), dtypes)
 
 
 @pytest.mark.usefixtures("implementation")
 @parametrize("dtypes", DTYPES)
 def test_tolerance_is_small(dtypes):
     """But for a few with Wg times 30."""
-    allowed = [expected.allowed for case in RANDOM[dtypes] for expected in correct(case).values()]
-    assert max(allowed) < math.inf and sum(t > 0.5 for t in allowed) <= 0.02 * len(allowed)
+    tolerances = [allowed for case in RANDOM[dtypes][:20]
+                  for _, _, allowed in correct(case).values()]
+    assert sum(each > 0.5 for each in tolerances) <= 0.02 * len(tolerances)
 
 
 # ---- The settings ----
 def test_chosen_kernel_is_tested(monkeypatch):
     monkeypatch.setenv("HYDRALORA_IMPL", "math:fsum")
-    monkeypatch.setenv("HYDRALORA_SHAPE", "2048,4096,11008,16,3")
-    _, kernel, own = read_settings()
-    assert kernel is math.fsum
-    assert own == dict(lead=(1, 2048), k=4096, d=11008, r=16, n=3, bias=False)
+    assert read_settings()[1] is math.fsum
     monkeypatch.setenv("HYDRALORA_DEVISE", "cpu")
     with pytest.raises(ValueError, match="HYDRALORA_DEVISE"):
         read_settings()
@@ -989,6 +992,7 @@ def definition_by_hand(x, W0, bias, A, B, Wg, scaling, grad_y):
 @parametrize("dtypes", DTYPES)
 def test_definition_by_hand_agrees(dtypes):
     for case in RANDOM[dtypes][:20]:
+        case = replace(case, mode="gradients", spoiled="")
         exact = {name: as_float64(t) for name, t in make(case).items() if t is not None}
         correct = by_definition(exact, case)
         arrays = {"bias": np.zeros(case.d)} | {name: t.numpy() for name, t in exact.items()}
@@ -999,7 +1003,23 @@ def test_definition_by_hand_agrees(dtypes):
             np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=scale, err_msg=name)
 
 
+# ==== 4. This project's layer ====
+
 # ---- The layer ----
+def hydralora_layer(x, W0, bias, A, B, Wg, scaling):
+    """HydraLoRALinear on these tensors. Copies of them would keep the gradients."""
+    n, d, r = B.shape
+    base = nn.Linear(A.shape[1], d, bias is not None, "meta", W0.dtype)
+    layer = HydraLoRALinear(base, num_heads=n, r=r, lora_alpha=scaling * r)
+    weights = {"base.weight": W0, "lora_A": A, "lora_B": B, "router.weight": Wg}
+    if bias is not None:
+        weights["base.bias"] = bias
+    return torch.func.functional_call(layer, weights, x)
+
+
+IMPLEMENTATION = IMPLEMENTATION or hydralora_layer
+
+
 N, K, D, R = 4, 7, 5, 3  # heads, features in and out, rank
 GATES = torch.tensor([0.1, 0.2, -0.3, 0.4])
 IDS = torch.randint(64, (3, 11), generator=torch.Generator().manual_seed(3))
