@@ -21,7 +21,7 @@ have autocast's dtype or float32. A kernel that computes in TF32 fails the fp32 
 
 In 16 bits, a kernel may round each step, and add up the gradients of chunks of 32 tokens.
 Smaller chunks must add up in float32. The tolerance is several times the error of such a
-kernel: in bf16, an update that is 2% too large passes.
+kernel: in bf16, an update that is 1% too large passes.
 
 Most cases are drawn at random, always the same ones. The id of a test, such as
 test_oracle_results[2-gradients-3d-odd-bias-fp32], says what the kernel must support.
@@ -93,12 +93,12 @@ INPUTS = ("x", "W0", "bias", "A", "B", "Wg")
 TRAINED = ("x", "A", "B", "Wg")  # these need a gradient even if the base is frozen
 
 
-def definition(x, W0, bias, A, B, Wg, scaling):
+def definition(x, W0, bias, A, B, Wg, scaling, softmax=nn.Softmax(-1)):
     """Eqs. 3 and 4, with a scaling. Computed in float64, its y and its gradients are the
     correct values. Computed in a kernel's dtypes, its errors set the tolerance."""
     y = F.linear(x, W0, bias)              # (..., d)
     x = x.to(A.dtype)                      # (..., k)
-    w = F.linear(x, Wg).softmax(-1)        # (..., n)
+    w = softmax(F.linear(x, Wg))           # (..., n)
     z = F.linear(x, A)                     # (..., r)
     for w_i, B_i in zip(w.unbind(-1), B):  # (...), (d, r)
         y = y + (scaling * w_i[..., None] * F.linear(z, B_i)).to(y.dtype)
@@ -106,11 +106,14 @@ def definition(x, W0, bias, A, B, Wg, scaling):
 
 
 def in_another_order(x, W0, A, B, **others):
-    """The definition on 32 tokens at a time, whose gradients autograd adds up. Each B_i A is
-    computed first and takes the place of B_i, and the identity takes that of A."""
-    identity, products = torch.eye(A.shape[1]).to(A), B @ A
-    chunks = x.reshape(-1, x.shape[-1]).split(32)
-    y = [definition(chunk, W0, A=identity, B=products, **others) for chunk in chunks]
+    """The definition on 32 tokens at a time, whose gradients autograd adds up, and with the
+    steps of softmax. Each B_i A is computed first and takes the place of B_i, and the
+    identity takes that of A."""
+    def softmax(logits):
+        return F.normalize((logits - logits.amax(-1, True)).exp(), p=1, dim=-1)
+
+    others |= dict(A=torch.eye(A.shape[1]).to(A), B=B @ A, softmax=softmax)
+    y = [definition(chunk, W0, **others) for chunk in x.reshape(-1, x.shape[-1]).split(32)]
     return torch.cat(y).view(*x.shape[:-1], len(W0))
 
 
@@ -373,11 +376,11 @@ def correct(case):
     """Returns, for y and each gradient, the correct value, the norm by which errors are
     divided, and how large the error of a row or column may be:
 
-        the least tolerance + 5 * the definition's error, in the kernel's dtypes
+        the least tolerance + 3 * the definition's error, in the kernel's dtypes
 
     In 16 bits, this error depends on the order, so it is the larger one of two orders, unless
     that takes long. In the gradients of x and Wg, it is 0 if the terms of softmax's derivative
-    cancel exactly, so their least tolerance is four times as large."""
+    cancel exactly, so their least tolerance is 4 times as large."""
     least, functions = DTYPES[case.dtypes].least, [definition]
     in_16_bits = least > 1e-4
     if in_16_bits and max(math.prod(case.lead), case.k, case.d) < 1000:
@@ -397,8 +400,8 @@ def correct(case):
     for name, value in values.items():
         error = max(largest(errors(each[name], value, norms[name])) for each in rounded)
         assert error < math.inf, f"the definition overflows in {case}"
-        times = 4 if in_16_bits and name in ("x.grad", "Wg.grad") else 1
-        expected[name] = value, norms[name], times * least + 5 * error
+        times = 4 if in_16_bits and (case.spoiled or name in ("x.grad", "Wg.grad")) else 1
+        expected[name] = value, norms[name], times * least + 3 * error
     return expected
 
 
@@ -425,7 +428,6 @@ SETTINGS = {  # what reads a global setting -> what puts it back
     torch.initial_seed: torch.manual_seed,
 }
 REFUSED = "in-?place operation|modified inplace|donated"
-REFUSED_AGAIN = "|second time|already unpacked"
 
 
 class Call:
@@ -455,7 +457,7 @@ class Call:
             self.fail(f"wrong shape: expected {shape}, found {(*y.shape,)}")
         if y.dtype not in allowed:
             self.fail(f"wrong dtype: expected one of {allowed}, found {y.dtype}")
-        trained = TRAINED[:3] if self.case.n == 1 else TRAINED  # a single gate is 1
+        trained = TRAINED[:3] if self.case.n == 1 else TRAINED  # one gate is 1
         if y.numel() and not y.requires_grad and self.leaves.keys() & {*trained}:
             self.fail(f"y does not require grad, unlike {', '.join(self.leaves)}")
 
@@ -504,7 +506,7 @@ class Call:
             grads = torch.autograd.grad(self.y, [*leaves.values()], self.grad_y,
                                         retain_graph=number + 1 < case.passes, allow_unused=True)
         except RuntimeError as error:
-            refused = REFUSED + REFUSED_AGAIN if number else REFUSED
+            refused = REFUSED + "|second time|already unpacked" * (number > 0)
             if (case.changed or case.passes > 1) and re.search(refused, str(error)):
                 return {}
             raise
@@ -554,7 +556,7 @@ def check(*calls):
 @pytest.fixture
 def implementation(monkeypatch):
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        monkeypatch.setenv(name, "8")  # not 1024 compiled products, half a gigabyte
+        monkeypatch.setenv(name, "8")  # not 1024 products, half a gigabyte
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(2**40)  # which no kernel sets
@@ -652,10 +654,9 @@ def test_oracle_slow_results(implementation, case):
 LEFT_BEHIND = """\
 On new tensors, the same call may pass: the kernel seems to use what was left behind or changed
 since. A cache, a workspace, a tensor saved without save_for_backward, torch.empty, a race?"""
-OVERFLOW = "Did exp(logit), a sum or float16 overflow? Or is it 0 / 0?"
+OVERFLOW = "Did exp(logit), a sum or float16 overflow? Or 0 / 0?"
 OUTSIDE = """\
-nan is after each input and, if filled, in new memory: was torch.empty read, or past an end?
-Or is it 0 / 0?"""
+nan is after each input and, if filled, in new memory: was torch.empty read, or past an end?"""
 BY_DESIGN = """\
 If that is by design, leave out such tests with -k, by a word of their ids. If it passes in a
 new process, an earlier call left something behind."""
@@ -851,7 +852,6 @@ MISTAKES = {  # what catches them, in fp32 if it says no other: {lines: a part o
             "set_float32_matmul_precision('high')", "set_deterministic_debug_mode('warn')",
             "manual_seed(0)")},
     },
-    "plain in mixed-bf16": {"h = x": "the call raised RuntimeError"},
     **{f"plain in {dtypes}": {f"y.data[..., -1].mul_(1 + {error})": "in 1 of 6 columns, first [5]"}
        for dtypes, error in dict(fp64=1.3e-10, fp32=1.3e-4, bf16=0.06, fp16=0.012).items()},
     "random": {  # the simplest case names the cause
