@@ -17,7 +17,7 @@ NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are trained.
     A x    z              (..., r)  the input of every head
     B_i    lora_B[i]      (d, r)    a head, the paper's expert E_i; starts at zero
     N      num_heads                number of heads, written n in shapes
-    Wg     router.weight  (n, k)    the paper's Wg^T, as nn.Linear stores a weight
+    Wg^T   router.weight  (n, k)    as nn.Linear stores a weight
     w      w, gates       (..., n)  one gate per head, for each token; (n,) if fixed
 
 The code scales the update by s = scaling. All N heads run on each token. [1] to [9] refer
@@ -194,11 +194,11 @@ class HydraLoRALinear(nn.Module):
 # on o_proj, they follow the domain if domains need different answers. If all domains
 # need the same, the heads of most runs do not, but follow the symbol a little.
 #
-# Gates alone do not show what a head has learnt. In the other runs, and where one part of
-# x has nearly all variance, heads follow this part although nothing is won by it,
-# and all learn the same. To see what they have learnt, give the tokens of one domain the
-# mean gates of another: if heads hold what a domain needs, the answers become the other
-# domain's.
+# Gates alone do not show what a head has learnt. In the other runs, and wherever the
+# domain has nearly all of x's variance, heads follow the domain although nothing is won
+# by it, and all learn much the same. To see what they have learnt, give the tokens of one
+# domain the mean gates of another: if heads hold what a domain needs, the answers become
+# the other domain's.
 
 
 # ---- Choices ----
@@ -310,8 +310,8 @@ def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
     refused, nothing changes. A second call adapts other layers.
     """
     bases = {}
-    adapted = {m for layer in model.modules() if isinstance(layer, HydraLoRALinear)
-               for m in layer.modules()}
+    adapted = {m for old in model.modules() if isinstance(old, HydraLoRALinear)
+               for m in old.modules()}
     for target in [target_modules] if isinstance(target_modules, str) else target_modules:
         linears = {name: m for name, m in model.named_modules()
                    if isinstance(m, nn.Linear) and m not in adapted
