@@ -556,7 +556,7 @@ def check(*calls):
 @pytest.fixture
 def implementation(monkeypatch):
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        monkeypatch.setenv(name, "8")  # not 1024 products, half a gigabyte
+        monkeypatch.setenv(name, "8")  # not 1024, half a gigabyte
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(2**40)  # which no kernel sets
@@ -743,9 +743,9 @@ def simplest(kernel, case, message):
 
 # ==== 3. Does the oracle notice? ====
 
-# To let cases vary in something else, add a field at the end of Case, use it in `make` or
-# Call, and choose it at the end of random_case: then the choices before it stay. To add a
-# test, write it at the end of room 1:
+# To vary something else, add a field to Case (with compare=False only if it changes no
+# correct result), use it in `make` or Call, and draw it after choose(more): then the draws
+# before it stay. To add a test, write it at the end of room 1:
 #
 #     @each_of(GENERAL)
 #     def test_oracle_negative_scaling(implementation, case):
@@ -930,7 +930,7 @@ def test_mistake_is_caught(caught_by, lines, message):
     name, _, dtypes = caught_by.partition(" in ")
     with pytest.raises(AssertionError, match=re.escape(message)):
         run_check(name, mutant(*lines.splitlines()), dtypes or "fp32")
-    if name != "plain":  # Case() must not catch it, too
+    if name != "plain":  # Case() must pass
         run_check("plain", mutant(*lines.splitlines()), dtypes or "fp32")
 
 
