@@ -268,12 +268,12 @@ GENERAL = [Case(dtypes, mode, filled=filled, **change)  # for tests with several
 LARGE = {
     "large-magnitude": dict(k=64, d=48, r=8, n=3, factors=dict(
         x=2.0**17, grad_y=2.0**-50, W0=2.0**-17, Wg=2.0**-17)),
-    "large-logits": dict(lead=(40,), n=2, factors=dict(Wg=100)),  # exp(logit) is 0 for both heads
+    "large-logits": dict(lead=(40,), n=2, factors=dict(Wg=100)),  # exp(logit) is 0 for both
     "near-zero": dict(factors=dict(B=1e-4)),
     "many-heads": dict(lead=(2, 67), n=260),
     "past-tiles": dict(lead=(2, 67), k=577, d=131, r=33, n=35),
     "many-tokens": dict(lead=(1, 2500), k=128, d=128, r=16),
-    # more blocks than a CUDA grid's y axis can have
+    # more blocks than a CUDA grid's y axis has
     "sequence": dict(lead=(1, 65540), k=16, d=16, r=16, n=2),
     # 11056 is 16 times a prime
     "long-input": dict(lead=(1, 1), k=11056, d=16, r=32, n=8),
@@ -380,7 +380,7 @@ def correct(case):
 
     In 16 bits, this error depends on the order, so it is the larger one of two orders, unless
     that takes long. In the gradients of x and Wg, it is 0 if the terms of softmax's derivative
-    cancel exactly, so their least tolerance is 4 times as large."""
+    cancel exactly, so their least tolerance is 4 times as large, as with nan."""
     least, functions = DTYPES[case.dtypes].least, [definition]
     in_16_bits = least > 1e-4
     if in_16_bits and max(math.prod(case.lead), case.k, case.d) < 1000:
