@@ -26,7 +26,6 @@ and lora_route.weight.
 """
 import copy
 import math
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__version__ = "0.16.0"
+__version__ = "0.17.0"
 
 
 # ---- The layer ----
@@ -42,8 +41,7 @@ __version__ = "0.16.0"
 # import copy, math, torch, torch.nn.functional as F; from torch import nn
 #
 # To use the layer in a model, freeze the model, then put HydraLoRALinear(linear) in the
-# place of a linear layer. Some modules read the weight of such a layer and do not call it,
-# so they bypass the update: nn.MultiheadAttention, nn.TransformerEncoderLayer, Mamba, WavLM.
+# place of a linear layer.
 class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
     """Eq. 4: x (..., k) -> gates w (..., n).
 
@@ -82,8 +80,6 @@ class HydraLoRALinear(nn.Module):
     def __init__(self, base, *, num_heads=3, r=8, lora_alpha=16, lora_dropout=0.0):
         if not isinstance(base, nn.Linear):
             raise ValueError(f"base must be an nn.Linear, got {type(base).__name__}")
-        if num_heads < 1 or r < 1:
-            raise ValueError(f"num_heads and r must be at least 1, got {num_heads} and {r}")
         super().__init__()
         k, d = base.in_features, base.out_features
         self.in_features, self.out_features = k, d
@@ -116,38 +112,30 @@ class HydraLoRALinear(nn.Module):
     def extra_repr(self):
         return f"num_heads={self.num_heads}, r={self.r}, scaling={self.scaling:g}"
 
-    weight = property(lambda self: self.base.weight)  # T5 reads its dtype
-    bias = property(lambda self: self.base.bias)
-
-    @torch.no_grad()
-    def to_lora(self, gates):
-        """Eq. 1 for fixed gates (n,) [7]: A (r, k) and B = s sum_i gates_i B_i (d, r)."""
-        if type(self).forward is not HydraLoRALinear.forward:
-            raise TypeError(f"{type(self).__name__} overrides forward, but not to_lora or merge")
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        A, heads = self.lora_A.to(dtype, copy=True), self.lora_B.to(dtype)
-        gates = torch.as_tensor(gates).to(heads)
-        if gates.shape != (self.num_heads,):
-            raise ValueError(f"gates must be {self.num_heads} numbers, got {[*gates.shape]}")
-        B = self.scaling * (gates[:, None, None] * heads).sum(0)
-        return A, B
+    # nn.MultiheadAttention, Mamba and WavLM read a layer's weight and bias and do not call it.
+    # They would miss the update, so they get an empty weight and no bias.
+    weight = property(lambda self: torch.empty(0).to(self.base.weight))  # T5 reads its dtype
 
     @torch.no_grad()
     def merge(self, gates):
-        """Eq. 2: a copy of base with the weight W0 + s sum_i gates_i B_i A.
+        """Eq. 2 for fixed gates (n,) [7]: a copy of base with W0 + s sum_i gates_i B_i A.
 
-        Exact, up to rounding, for tokens whose w equals gates (n,). For others, y is off by
+        Exact, up to rounding, for tokens whose w equals gates. For others, y is off by
         s sum_i (gates_i - w_i) B_i A x.
         """
+        if type(self).forward is not HydraLoRALinear.forward:
+            raise TypeError(f"{type(self).__name__} overrides forward, but not merge")
         base = self.base
-        hooked = base._forward_hooks or base._forward_pre_hooks
-        replaced = base.forward != nn.Linear.forward.__get__(base)  # accelerate replaces it
-        if hooked or replaced or type(base.weight) is not nn.Parameter:
-            raise TypeError("base must be a plain nn.Linear, not quantised or hooked")
-        A, B = self.to_lora(gates)
+        plain = type(base).forward is nn.Linear.forward and type(base.weight) is nn.Parameter
+        if not plain or base.weight.is_meta or base._forward_hooks or base._forward_pre_hooks:
+            raise TypeError("base is quantised, sharded, offloaded, hooked or no nn.Linear")
+        dtype = torch.promote_types(self.lora_B.dtype, torch.float32)
+        A, heads = self.lora_A.to(dtype), self.lora_B.to(dtype)
+        gates = torch.as_tensor(gates).to(heads).view(self.num_heads, 1, 1)  # error if not n gates
+        B = self.scaling * (gates * heads).sum(0)  # (d, r)
         merged = copy.deepcopy(base)
         with torch.autocast(A.device.type, enabled=False):
-            merged.weight += B @ A  # (d, k), Eq. 2, rounded once
+            merged.weight += B @ A  # (d, k), rounded once
         return merged
 
 
@@ -165,11 +153,12 @@ class HydraLoRALinear(nn.Module):
 # Why is A shared, and not B?
 # In the paper, LoRAs of different tasks have A's that "tend to converge" and B's that
 # are "distinguishable" (Observation II). This alone does not show that tasks can share
-# an A. If A's have a common random start, they stay alike until they have moved far from
-# it. B's start at 0, which has no direction, so they differ from the first step. The
-# argument for one A is size: N LoRAs have N r (k + d) parameters, but one A with N heads
-# has r (k + N d). One B with N A's would save as much if k = d. It would read N r
-# features of x and write to r of y, and one A does the reverse.
+# an A. The paper itself supposes that the asymmetry is "mainly rooted in the different
+# initialization methods" (Sec. 4.2, RQ3). If A's have a common random start, they stay
+# alike until they have moved far from it. B's start at 0, which has no direction, so they
+# differ from the first step. The argument for one A is size: N LoRAs have N r (k + d)
+# parameters, but one A with N heads has r (k + N d). One B with N A's would save as much
+# if k = d. It would read N r features of x and write to r of y, and one A does the reverse.
 #
 # Why do the heads differ?
 # For one token, let g = dL/dy, let l = Wg^T x be the logits, so that w = softmax(l),
@@ -190,15 +179,10 @@ class HydraLoRALinear(nn.Module):
 # A step of SGD on a token x changes the logits of x' by -lr (x . x') dL/dl, so similar
 # tokens come to prefer the same head. What the heads have in common cancels in dL/dl, so
 # only their differences turn the router. Differences lower the loss where one matrix does
-# not suit all tokens. So heads tend to divide what decides the answer: in train_toy.py,
-# on o_proj, they follow the domain if domains need different answers. If all domains
-# need the same, the heads of most runs do not, but follow the symbol a little.
-#
-# Gates alone do not show what a head has learnt. In the other runs, and wherever the
-# domain has nearly all of x's variance, heads follow the domain although nothing is won
-# by it, and all learn much the same. To see what they have learnt, give the tokens of one
-# domain the mean gates of another: if heads hold what a domain needs, the answers become
-# the other domain's.
+# not suit all tokens. So heads tend to divide what decides the answer. In train_toy.py, on
+# o_proj, these "intrinsic components" (Sec. 1) are the domains if domains need different
+# answers, and the symbols if not. Gates alone do not show what a head has learnt. To see
+# it, let each head answer alone.
 
 
 # ---- Choices ----
@@ -220,7 +204,8 @@ class HydraLoRALinear(nn.Module):
 # [7] Merging uses one w for all tokens. The paper merges "based on the input" (Sec.
 #     3.2.2), which we read as: for each token.
 # [8] k-means sets only N, as in the official README: choose_num_heads in train_toy.py.
-# [9] There is no balance loss. That of the official layer is always 0 (lora.py, L344).
+# [9] There is no balance loss. The official layer's is always 0 (lora.py, L344) since
+#     commit d212d98 (November 2024).
 
 
 # ---- A small transformer ----
@@ -306,24 +291,18 @@ def _replace(model, new):
 def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
     """Wrap the nn.Linear layers that match, freeze the rest, and return the model.
 
-    target_modules: one or more names, or their last parts, such as "q_proj" [6]. If one is
-    refused, nothing changes. A second call adapts other layers.
+    target_modules: one or more names, or their last parts, such as "q_proj" [6]. Inject
+    before the model is sharded: later, each process would train adapters of its own.
     """
-    bases = {}
-    adapted = {m for old in model.modules() if isinstance(old, HydraLoRALinear)
-               for m in old.modules()}
+    bases, adapted = [], {m.base for m in model.modules() if isinstance(m, HydraLoRALinear)}
     for target in [target_modules] if isinstance(target_modules, str) else target_modules:
-        linears = {name: m for name, m in model.named_modules()
-                   if isinstance(m, nn.Linear) and m not in adapted
-                   and f".{name}".endswith(f".{target}")}
-        if not linears:
-            raise ValueError(f"no nn.Linear is named {target!r}, or it is adapted already")
-        for name, base in linears.items():
-            parent = model.get_submodule(name.rpartition(".")[0])
-            if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-                raise ValueError(f"{type(parent).__name__} may bypass an adapter of {name}")
-            bases[name] = base
-    model = _replace(model, {base: layer(base, **arguments) for base in bases.values()})
+        found = [m for name, m in model.named_modules() if isinstance(m, nn.Linear)
+                 and m not in adapted and f".{name}".endswith(f".{target}")]
+        if not found:
+            raise ValueError(f"no nn.Linear is named {target!r}")
+        bases += found
+    bases = dict.fromkeys(bases)  # each once, in order: a seed gives the same adapters
+    model = _replace(model, {base: layer(base, **arguments) for base in bases})
     adapters = {p for m in hydralora_layers(model).values() for p in m.parameters()}
     for p in set(model.parameters()) - adapters:
         p.requires_grad_(False)
@@ -331,73 +310,47 @@ def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
 
 
 @contextmanager
-def _watch_gates(model, f):
-    """Context manager: f(name, w) is called with each router's gates w (..., n)."""
-    layers = hydralora_layers(model)
-    if len({layer.router for layer in layers.values()}) < len(layers):
-        raise ValueError("layers share a router")
-    hooks = [layer.router.register_forward_hook(lambda router, x, w, name=name: f(name, w))
-             for name, layer in layers.items()]
+def record_gates(model):
+    """Context manager: a dict name -> list of w (..., n), one for each call of the layer.
+
+        with torch.no_grad(), record_gates(model.eval()) as gates:
+            model(x)
+        merge_hydralora(model, mean_gates(gates))
+
+    With gradients enabled, w keeps its graph. With checkpointing, a backward inside the
+    context records w again. A model that was compiled and called before records nothing.
+    """
+    gates, hooks = {}, []
+    for name, layer in hydralora_layers(model).items():
+        ws = gates[name] = []
+        hooks.append(layer.router.register_forward_hook(lambda router, x, w, ws=ws: ws.append(w)))
     try:
-        yield
+        yield gates
     finally:
         for hook in hooks:
             hook.remove()
 
 
-@contextmanager
-def record_gates(model):
-    """Context manager: a dict name -> w (..., n) of the last forward.
+def mean_gates(gates):
+    """The mean w over all recorded tokens: dict name -> (n,).
 
-    A model that was compiled and called before may ignore new hooks. Then the dict is empty.
-    With re-entrant checkpointing, w has no gradient.
+    Layers without tokens are left out. Padding counts as tokens, and dropout in the model
+    changes w, so record without both.
     """
-    gates = {}
-    with _watch_gates(model, gates.__setitem__):
-        yield gates
-
-
-@torch.no_grad()
-def mean_gates(model, batches):
-    """The mean w over all tokens (if w is (b, 1, n): sequences): dict name -> (n,).
-
-    batches: the model's inputs, tensors or dicts of keyword arguments, without padding.
-    """
-    if any(m.training for m in model.modules()):
-        raise ValueError("call model.eval() first")
-    total, count = Counter(), Counter()
-
-    def add(name, w):
-        w = w.reshape(-1, w.shape[-1])  # (tokens, n)
-        total[name] += w.sum(0, dtype=torch.promote_types(w.dtype, torch.float32))
-        count[name] += len(w)
-
-    with _watch_gates(model, add):
-        for batch in batches:
-            before = sum(count.values())
-            if isinstance(batch, torch.Tensor):
-                model(batch)
-            else:
-                for key in ("attention_mask", "decoder_attention_mask"):
-                    mask = batch.get(key)
-                    if mask is not None and not mask.all():
-                        raise ValueError(f"{key} has zeros: use batches without padding")
-                model(**batch)
-            if sum(count.values()) == before:
-                raise ValueError("a batch has no token, or the model is compiled")
-    for name in hydralora_layers(model):
-        if not count[name]:
-            raise ValueError(f"{name} got no token")
-    return {name: total[name] / count[name] for name in total}
+    means = {}
+    for name, ws in gates.items():
+        if any(w.numel() for w in ws):
+            w = torch.cat([w.detach().reshape(-1, w.shape[-1]) for w in ws])  # (tokens, n)
+            means[name] = w.mean(0, dtype=torch.promote_types(w.dtype, torch.float32))
+    return means
 
 
 def merge_hydralora(model, gates):
     """Replace each HydraLoRA layer by layer.merge(gates[name]), and return the model.
 
-    gates: a dict name -> (n,), as from mean_gates. Compare the model before and after:
-    one w for all tokens can ruin it.
+    gates: dict name -> (n,), as from mean_gates. Compare the model before and after: one w
+    for all tokens can ruin it.
     """
-    hydralora_state_dict(model)  # refuses what is sharded
     return _replace(model, {layer: layer.merge(gates[name])
                             for name, layer in hydralora_layers(model).items()})
 
@@ -412,34 +365,17 @@ def hydralora_state_dict(model):
              for name, layer in hydralora_layers(model).items()
              for key, t in layer.state_dict().items() if not key.startswith("base.")}
     for key, t in state.items():
-        flat = key.endswith(("lora_A", "lora_B", "flat_param")) and t.dim() < 2
+        flat = t.dim() < 2 and key.endswith(("lora_A", "lora_B", "flat_param"))
         if flat or t.is_meta or type(t) is not torch.Tensor:
-            raise ValueError(f"{key} is sharded or offloaded: first gather the parameters")
+            raise ValueError(f"{key} is sharded or offloaded: first gather it")
     return state
 
 
 def load_hydralora_state_dict(model, state):
-    """Copy the adapter into the model and return it. Keys and shapes are compared before."""
-    own = hydralora_state_dict(model)
-    for key in sorted(own.keys() | state.keys()):
-        wrong = ("is missing" if key not in state else "is unknown" if key not in own else
-                 "has another shape" if own[key].shape != state[key].shape else "")
-        if wrong:
-            raise ValueError(f"state and model differ, first in {key!r}, which {wrong}")
+    """Copy the adapter into the model, if keys and shapes agree, and return the model."""
+    own, new = ({(key, *t.shape) for key, t in tensors.items()}
+                for tensors in (hydralora_state_dict(model), state))
+    if own != new:
+        raise ValueError(f"only model has {sorted(own - new)[:1]}, state {sorted(new - own)[:1]}")
     model.load_state_dict(state, strict=False)
     return model
-
-
-def export_lora(model, gates):
-    """(state, config) of a LoRA for PEFT. gates: as in merge_hydralora."""
-    hydralora_state_dict(model)  # refuses what is sharded or on meta
-    loras = {name: layer.to_lora(gates[name])
-             for name, layer in hydralora_layers(model).items()}
-    r = max(len(A) for A, _ in loras.values())
-    config = dict(peft_type="LORA", target_modules=[*loras], r=r, lora_alpha=r)  # scaling 1
-    state = {}
-    for name, (A, B) in loras.items():
-        prefix, pad = f"base_model.model.{name}", r - len(A)  # zeros change nothing
-        state[f"{prefix}.lora_A.weight"] = F.pad(A, (0, 0, 0, pad))  # (r, k)
-        state[f"{prefix}.lora_B.weight"] = F.pad(B, (0, pad))  # (d, r)
-    return state, config
