@@ -852,6 +852,8 @@ def test_defaults():
     assert not layer.lora_B.any() and not torch.equal(layer.lora_A[:3], layer.router.weight)
     for p in (layer.lora_A, layer.router.weight):  # U(-b, b) with b = 1 / sqrt(k)
         assert 0.97 / 16 < p.abs().max() <= 1 / 16
+    layer = HydraLoRALinear(base.to("meta"))
+    assert all(t.is_meta for t in (*layer.parameters(), layer.weight))
 
 
 @each_dtype
@@ -859,8 +861,8 @@ def test_dtypes(dtype):
     layer, x = make_layer(dtype=dtype), torch.ones(3, K, dtype=dtype)
     adapter = torch.promote_types(dtype, f32)
     assert layer.lora_A.dtype == layer.lora_B.dtype == layer.router.weight.dtype == adapter
-    assert layer(x).dtype == dtype and layer.to(dtype)(x).dtype == dtype
     assert layer.weight.dtype == dtype and not layer.weight.numel()
+    assert layer(x).dtype == dtype and layer.to(dtype)(x).dtype == dtype
     assert mean_gates({"": [layer.router(x)]})[""].dtype == adapter
     with torch.autocast("cpu", dtype=bf16):
         assert layer(x).dtype == layer.base(x).dtype
@@ -893,11 +895,17 @@ def test_dropout_has_one_mask_on_x_and_skips_the_router():
     close(gates[""], [layer.router(x).detach()])
     close(mask, 2 * (mask > 1).double())
     close(layer.eval()(x) - layer.base(x), x)
+    layer.base.forward = torch.zeros_like  # as a quantised base has its own
+    close(layer(x), x)
 
 
 class TopTwo(Router):
+    def __init__(self, k, n, **options):
+        super().__init__(k, n, **options)
+        self.temperature = nn.Parameter(torch.ones(1, **options))
+
     def forward(self, x):
-        w = super().forward(x)
+        w = super().forward(x / self.temperature)
         return w * (w >= w.topk(2).values[..., -1:])
 
 
@@ -905,39 +913,27 @@ class TopTwoLayer(HydraLoRALinear):
     router_class = TopTwo
 
 
-class TopTwoOfAx(HydraLoRALinear):
-    """The router reads A x, so that Wg is (n, r)."""
-
-    def __init__(self, base, **arguments):
-        super().__init__(base, **arguments)
-        first = nn.Linear(self.in_features, self.r)
-        first.weight = self.lora_A
-        self.router = nn.Sequential(first, TopTwo(self.r, self.num_heads)).to(self.lora_A)
-
-
-@parametrize("variant", [TopTwoLayer, TopTwoOfAx])
-def test_variant_is_saved_recorded_and_merged(variant):
+def test_variant_is_saved_recorded_and_merged():
     """A head whose gate is 0 gets no gradient."""
-    layer, other, x = make_layer(layer=variant), make_layer(layer=variant), randn(1, K)
-    for p in (other.lora_A, other.lora_B):
+    layer, other = make_layer(layer=TopTwoLayer), make_layer(layer=TopTwoLayer)
+    for p in (other.lora_A, other.lora_B, other.router.temperature):
         nn.init.zeros_(p)
-    assert hydralora_state_dict(layer).keys() >= trained_names(layer)
+    assert hydralora_state_dict(layer).keys() == trained_names(layer)
     assert load_hydralora_state_dict(other, hydralora_state_dict(layer)) is other
-    assert other.lora_B is p  # copied
+    assert other.router.temperature is p  # copied
+    x = randn(1, K)
     with record_gates(layer) as gates:
         y = layer(x)
     y.sum().backward()
     means = mean_gates(gates)
     used = means[""] > 0
     assert used.sum() == 2 and torch.equal(layer.lora_B.grad.flatten(1).any(1), used)
-    merged = merge_hydralora(other, means)
-    assert type(merged) is nn.Linear
-    close(merged(x), y.detach())
+    close(merge_hydralora(other, means)(x), y.detach())
 
 
 # ---- A model ----
 def test_tiny_transformer_by_its_definition():
-    model = plain_model()
+    model = TinyTransformer(TinyConfig(max_position_embeddings=11))
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)
     h = model.token_embedding(IDS) + model.position_embedding.weight[:11]
@@ -984,11 +980,10 @@ def test_linear_in_three_places_gets_one_adapter():
     model = plain_model()
     first, second = model.layers
     second.k_proj = second.v_proj = first.k_proj
-    for change, kind in (
-            (lambda: inject_hydralora(model, "k_proj", num_heads=N), HydraLoRALinear),
-            (lambda: merge_hydralora(model, {"layers.0.k_proj": GATES}), nn.Linear)):
-        change()
-        assert first.k_proj is second.k_proj is second.v_proj and type(first.k_proj) is kind
+    inject_hydralora(model, "k_proj", num_heads=N)
+    assert first.k_proj is second.k_proj is second.v_proj
+    merge_hydralora(model, {"layers.0.k_proj": GATES})
+    assert first.k_proj is second.k_proj is second.v_proj and type(first.k_proj) is nn.Linear
 
 
 # ---- Gates and merging ----
@@ -1006,6 +1001,7 @@ def test_model_merged_with_its_fixed_gates_is_the_model():
     assert merge_hydralora(model, gates) is model
     close(model(IDS), logits, rtol=0, atol=1e-4)
     assert model.state_dict().keys() == plain_model().state_dict().keys()
+    assert not trained_names(model)
 
 
 @each_dtype
@@ -1017,7 +1013,7 @@ def test_merge_rounds_once_and_shares_nothing(dtype, adapter):
     A, B = (p.data.to(torch.promote_types(p.dtype, f32)) for p in (layer.lora_A, layer.lora_B))
     W = (layer.base.weight + 2 * (GATES[:, None, None].to(B) * B).sum(0) @ A).to(dtype)
     with torch.autocast("cpu", dtype=bf16):
-        merged = layer.merge(GATES.tolist())
+        merged = layer.merge(GATES.double())
     assert torch.equal(merged.weight, W) and torch.equal(merged.bias, layer.base.bias)
     assert type(merged) is nn.Linear and not merged.training
     for t in merged.parameters():
@@ -1026,7 +1022,7 @@ def test_merge_rounds_once_and_shares_nothing(dtype, adapter):
 
 
 def test_recorded_gates_are_those_of_all_calls():
-    model = adapted_model()
+    model = adapted_model().eval()
     with record_gates(model) as gates:
         model(IDS[:1])
         model(IDS)
@@ -1038,8 +1034,11 @@ def test_recorded_gates_are_those_of_all_calls():
     layer.router.register_forward_hook(lambda router, x, w: w[..., :1])  # not n gates
     with pytest.raises(RuntimeError), record_gates(model) as others:
         model(IDS)
-    model.embed(IDS), layer.router(x)
-    assert len(others["layers.0.q_proj"]) == 1 and len(gates["layers.0.q_proj"]) == 2
+    for each in hydralora_layers(model).values():
+        each.router(x)
+    assert {len(ws) for ws in gates.values()} == {2}
+    [[w], *none] = others.values()
+    assert w.shape[-1] == 1 and not any(none)
 
 
 def test_mean_gates_are_those_of_all_tokens():
@@ -1070,12 +1069,12 @@ class Subclass(torch.Tensor):
 
 
 @parametrize("word, change", [
-    ("base is quantised", lambda layer: setattr(layer.base, "__class__", OwnLinear)),
-    ("base is quantised", lambda layer: layer.base.to("meta")),
-    ("base is quantised", lambda layer: setattr(
+    ("base is", lambda layer: setattr(layer.base, "__class__", OwnLinear)),
+    ("base is", lambda layer: layer.base.to("meta")),
+    ("base is", lambda layer: setattr(
         layer.base, "weight", nn.Parameter(torch.ones(D, K).as_subclass(Subclass)))),
-    ("base is quantised", lambda layer: layer.base.register_forward_hook(print)),
-    ("base is quantised", lambda layer: layer.base.register_forward_pre_hook(print)),
+    ("base is", lambda layer: layer.base.register_forward_hook(print)),
+    ("base is", lambda layer: layer.base.register_forward_pre_hook(print)),
     ("OwnLayer overrides", lambda layer: setattr(layer, "__class__", OwnLayer)),
     ("invalid", lambda layer: setattr(layer, "num_heads", 1))])
 def test_refused_merge(word, change):
@@ -1088,11 +1087,12 @@ def test_refused_merge(word, change):
     ("lora_A", torch.ones(R, K, device="meta")),
     ("lora_B", torch.ones(9, 9).as_subclass(Subclass))])
 def test_sharded_layer_is_not_saved(key, t):
-    with pytest.raises(ValueError, match=f"^{key} is sharded or offloaded"):
-        hydralora_state_dict(changed(lambda layer: setattr(layer, key, nn.Parameter(t))))
+    layer = changed(lambda layer: setattr(layer, key, nn.Parameter(t)))
+    with pytest.raises(ValueError, match=rf"^base\.{key} is sharded or offloaded"):
+        hydralora_state_dict(nn.ModuleDict({"base": layer}))
 
 
-@parametrize("target, training", [("out_proj", True), ("out_proj", False), ("linear1", False)])
+@parametrize("target, training", [("out_proj", True), ("linear1", False)])
 def test_bypassed_adapter_raises(target, training):
     model = nn.TransformerEncoderLayer(8, 2, batch_first=True).train(training)
     with pytest.raises(AttributeError, match="bias"):
@@ -1101,15 +1101,15 @@ def test_bypassed_adapter_raises(target, training):
 
 @parametrize("targets, arguments, word", [
     (["o_proj", "norm"], {}, "named 'norm'"), ("proj", {}, "named 'proj'"),
-    ("v_proj", {}, "named 'v_proj'"), ("v_proj.base", {}, "named 'v_proj.base'"),
+    ("v_proj.base", {}, "named 'v_proj.base'"), ("layers.0", {}, "named 'layers.0'"),
     ("o_proj", dict(r=0), "zero")])
 def test_refused_injection_changes_nothing(targets, arguments, word):
-    model = inject_hydralora(plain_model(), "v_proj").requires_grad_()
+    model = inject_hydralora(plain_model(), "v_proj", TopTwoLayer).requires_grad_()
     modules, trained = [*model.modules()], trained_names(model)
     with pytest.raises((ArithmeticError, ValueError), match=word):
         inject_hydralora(model, targets, **arguments)
     assert [*model.modules()] == modules and trained_names(model) == trained
-    with pytest.raises(ValueError, match="nn.Linear, got Hydra"):
+    with pytest.raises(ValueError, match="nn.Linear, got TopTwo"):
         HydraLoRALinear(model.layers[0].v_proj)
     with pytest.raises(ValueError, match="no HydraLoRA layer"):
         hydralora_state_dict(plain_model())
@@ -1184,7 +1184,7 @@ def test_toy_shows_what_heads_do(seed_0):
             ("o_proj, 15 differ: answers of a head alone that are its domain's (%)", 80, 95),
             ("o_proj, 0 differ: a head alone, on its own tokens (%)", 95, 100),
             ("o_proj, 0 differ: a head alone, on the others (%)", 10, 50),
-            ("HydraLoRA's lead over LoRA-Split, 15 differ (%)", -1.5, 1.5)]:
+            ("LoRA-Split, 15 differ (%)", 95, 100)]:
         assert least < seed_0.numbers[text] < greatest, text
 
 
