@@ -51,7 +51,7 @@ class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
 
     def __init__(self, k, n, device=None, dtype=None):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n, k, device=device, dtype=dtype))  # Wg
+        self.weight = nn.Parameter(torch.empty(n, k, device=device, dtype=dtype))  # Wg^T
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -146,19 +146,20 @@ class HydraLoRALinear(nn.Module):
 # treat a word differently in two domains. Nor can HydraLoRA with one w for all tokens,
 # because Eq. 3 is then a LoRA with B = sum_i w_i B_i. In the paper, equal gates ("w/o
 # gate", Fig. 6) are no better than a LoRA with r = 8: 42.81 and 43.22 on MMLU. A router
-# makes w depend on x, so tokens of different domains get different matrices. Beside a
+# makes w depend on x, so tokens of different domains get different matrices. Before a
 # non-linearity, which can combine the two parts, a LoRA may be enough, as on up_proj in
 # train_toy.py.
 #
 # Why is A shared, and not B?
-# In the paper, LoRAs of different tasks have A's that "tend to converge" and B's that
-# are "distinguishable" (Observation II). This alone does not show that tasks can share
-# an A. The paper itself supposes that the asymmetry is "mainly rooted in the different
-# initialization methods" (Sec. 4.2, RQ3). If A's have a common random start, they stay
-# alike until they have moved far from it. B's start at 0, which has no direction, so they
-# differ from the first step. The argument for one A is size: N LoRAs have N r (k + d)
-# parameters, but one A with N heads has r (k + N d). One B with N A's would save as much
-# if k = d. It would read N r features of x and write to r of y, and one A does the reverse.
+# In the paper, LoRAs of different data, even of random parts of one task (Fig. 9), have
+# A's that "tend to converge" and B's that are "distinguishable" (Observation II). So this
+# does not show that tasks can share an A. The paper supposes that the asymmetry is "mainly
+# rooted in the different initialization methods" (Sec. 4.2, RQ3). If A's have a common
+# random start, they stay alike until they have moved far from it. B's start at 0, which
+# has no direction, so they differ from the first step. The argument for one A is size: N
+# LoRAs have N r (k + d) parameters, but one A with N heads has r (k + N d). One B with N
+# A's would save as much if k = d. It would read N r directions of x and write r of y. One
+# A does the reverse.
 #
 # Why do the heads differ?
 # For one token, let g = dL/dy, let l = Wg^T x be the logits, so that w = softmax(l),
@@ -171,18 +172,19 @@ class HydraLoRALinear(nn.Module):
 #     dL/dWg  = x (dL/dl)^T
 #
 # At the start, all B_i are 0, so the gradients of A and Wg are 0, and those of the
-# heads differ only by w_i. Without the random start of Wg, only rounding would part them.
-# Later, a token raises the logits of heads that lower its loss more than the mixture,
-# and then counts more in their gradients. So a small preference grows.
+# heads differ only by w_i. Without the random start of Wg, they would stay equal. Later, a
+# token raises the logits of heads that lower its loss more than the mixture. Where their
+# w_i rise, too, it counts more in their gradients, so a small preference grows.
 #
 # Why do the heads divide the tokens, and by what?
 # A step of SGD on a token x changes the logits of x' by -lr (x . x') dL/dl, so similar
 # tokens come to prefer the same head. What the heads have in common cancels in dL/dl, so
-# only their differences turn the router. Differences lower the loss where one matrix does
-# not suit all tokens. So heads tend to divide what decides the answer. In train_toy.py, on
-# o_proj, these "intrinsic components" (Sec. 1) are the domains if domains need different
-# answers, and the symbols if not. Gates alone do not show what a head has learnt. To see
-# it, let each head answer alone.
+# only their differences turn the router. This leaves open which "intrinsic components"
+# (Sec. 1) of the data they divide. In train_toy.py, on o_proj, it is the domains if these
+# need different answers, and the symbols if not.
+#
+# Gates alone do not show what a head has learnt. To see it, let each head answer alone:
+# merge with gate 1 for this head and 0 for the others.
 
 
 # ---- Choices ----
@@ -198,9 +200,9 @@ class HydraLoRALinear(nn.Module):
 # [4] The update is scaled by lora_alpha / r, as in LoRA; in the script, by 32 / 4.
 # [5] The router sees x without dropout. All heads share one dropout mask. The official
 #     code draws one for each head, so heads differ even with equal gates.
-# [6] The paper's parameter counts fit adapters on q_proj and v_proj (Figs. 3 and 9). But
-#     the script adapts gate_proj, up_proj and down_proj, and the authors say that their
-#     experiments did (issues 6, 7, 26).
+# [6] The paper's parameter counts fit q_proj and v_proj, named in Figs. 3 and 9. But the
+#     script adapts gate_proj, up_proj and down_proj, as HydraLoRA's runs did
+#     (issues 6, 7, 26).
 # [7] Merging uses one w for all tokens. The paper merges "based on the input" (Sec.
 #     3.2.2), which we read as: for each token.
 # [8] k-means sets only N, as in the official README: choose_num_heads in train_toy.py.
@@ -292,7 +294,7 @@ def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
     """Wrap the nn.Linear layers that match, freeze the rest, and return the model.
 
     target_modules: one or more names, or their last parts, such as "q_proj" [6]. Inject
-    before the model is sharded: later, each process would train adapters of its own.
+    before the model is sharded, or each process trains adapters of its own.
     """
     bases, adapted = [], {m.base for m in model.modules() if isinstance(m, HydraLoRALinear)}
     for target in [target_modules] if isinstance(target_modules, str) else target_modules:
@@ -365,7 +367,7 @@ def hydralora_state_dict(model):
              for name, layer in hydralora_layers(model).items()
              for key, t in layer.state_dict().items() if not key.startswith("base.")}
     for key, t in state.items():
-        flat = t.dim() < 2 and key.endswith(("lora_A", "lora_B", "flat_param"))
+        flat = t.dim() < 2 and key.endswith(("lora_A", "lora_B", "flat_param"))  # by FSDP
         if flat or t.is_meta or type(t) is not torch.Tensor:
             raise ValueError(f"{key} is sharded or offloaded: first gather it")
     return state
