@@ -21,11 +21,10 @@ have autocast's dtype or float32. A kernel that computes in TF32 fails the fp32 
 
 In 16 bits, a kernel may round each step, and add up 8 heads or 20 chunks of 32 tokens;
 longer sums must be in float32. These cases find an update in y that is 10% too large in
-bf16, or 2% in fp16. Smaller errors are found in fp32 alone.
+bf16, or 2% in fp16. Most smaller errors are left to the fp32 cases.
 
-Most cases are random, but always the same. The id of a test, such as
-test_oracle_results[2-gradients-3d-odd-bias-fp32], says what the kernel must support.
-Leave out what yours does not:
+The id of a test, such as test_oracle_results[2-gradients-3d-odd-bias-fp32], says what the
+kernel must support. Leave out what yours does not:
 
     -k "oracle and not gradients"       it has no backward
     -k "oracle and 3d and aligned"      x is (batch, tokens, k); 16 divides k, d and r
@@ -44,9 +43,8 @@ test your own sizes:
     check(Call(my_kernel, Case(dtypes='bf16', bias=False)))
     check(Call(my_kernel, Case(lead=(1, 2048), k=4096, d=11008, r=16, n=3)))
 
-This file has five rooms. To understand what is tested, read the first, and stop there. The
-second is what a failure says, and the third has mistakes that must be caught. The others test
-hydralora.py, train_toy.py and README.md.
+To understand what is tested, read room 1, and stop there. Room 2 is what a failure says, and
+room 3 has mistakes that must be caught. Rooms 4 and 5 test the other files.
 """
 import collections
 import contextlib
@@ -107,7 +105,7 @@ def read_settings():
     device = settings.pop("HYDRALORA_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
     name = settings.pop("HYDRALORA_IMPL", None)
     kernel = name and pkgutil.resolve_name(name)
-    if settings or not callable(kernel or print):
+    if settings or name is not None and not callable(kernel):
         raise ValueError(f"{[*settings] or name}: use HYDRALORA_IMPL=module:function")
     return device, kernel
 
@@ -120,7 +118,7 @@ f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 Dtypes = collections.namedtuple("Dtypes", "x base adapter autocast tolerance")
 DTYPES = {  # of x and y, of W0 and bias, of A, B and Wg; autocast's; the largest error
     "fp64": Dtypes(f64, f64, f64, None, 1e-10),
-    "fp32": Dtypes(f32, f32, f32, None, 1e-4),  # not enough for TF32
+    "fp32": Dtypes(f32, f32, f32, None, 1e-4),
     "bf16": Dtypes(bf16, bf16, bf16, None, 0.055),
     "fp16": Dtypes(f16, f16, f16, None, 0.008),
     "mixed-bf16": Dtypes(bf16, bf16, f32, None, 0.055),
@@ -171,13 +169,13 @@ def before_nan(t):
     return torch.cat([t.flatten(), t.new_full([1024], math.nan)])[:t.numel()].view(t.shape)
 
 
-STRIDED = {  # how a tensor of two or more axes lies in memory, if not contiguous
+STRIDED = {  # how a tensor lies in memory, if not contiguous
     "gaps": lambda t: before_nan(torch.stack([t - 99, t], -1)).select(-1, 1),
     "wide-rows": lambda t: before_nan(torch.stack([t - 99, t], -2)).select(-2, 1),
     "transposed": lambda t: before_nan(t.mT).mT,
     "tokens-first": lambda t: before_nan(t.transpose(0, -2)).transpose(0, -2),
 }
-EXPANDED = {  # with a stride of 0
+EXPANDED = {
     "one-value": lambda t: before_nan(t.flatten()[:1]).expand(t.shape),
     "one-token": lambda t: before_nan(t[..., :1, :]).expand(t.shape),
 }
@@ -196,7 +194,7 @@ def random_case(dtypes, seed):
     choose = random.Random(f"{dtypes}, {seed}").choice
     factors = [{}, {}, {}, {}, {}, dict(B=0), dict(x=0)]
     if "fp16" in dtypes:
-        factors += [dict(Wg=4)]  # exp(logit) may be inf
+        factors += [dict(Wg=8)]  # exp(logit) may be inf
     else:
         factors += [dict(B=1e-4), LARGE_X]
     if "16" in dtypes:
@@ -229,7 +227,7 @@ LARGE = {
     "sequence": dict(lead=(1, 65540), k=16, d=16, r=16, n=2),  # beyond a CUDA grid's y axis
     "long-input": dict(lead=(1, 1), k=11056, d=16, r=32),  # 16 times a prime
     "long-output": dict(lead=(1, 1), k=48, d=11056, r=16),
-    "wide-square": dict(lead=(1, 3), k=2048, d=2048, r=144, n=3),
+    "wide-square": dict(lead=(1, 3), k=2048, d=2048, r=272, n=3),
     "many-wide": dict(lead=(1, 1040), k=2048, d=1040, r=16, n=3),
 }
 
@@ -251,8 +249,8 @@ def make(case):
             ("grad_y", 1.0, (*c.lead, c.d), dtypes.autocast or dtypes.x)]):
         t = torch.from_numpy(np.random.default_rng([c.seed, i]).normal(size=shape))
         t = (std * c.factors.get(name, 1.0) * t).to(DEVICE, dtype)
-        strided = name in c.layouts and t.dim() > 1 and t.numel()
-        t = LAYOUTS[c.layouts[name]](t) if strided else before_nan(t)
+        layout = LAYOUTS[c.layouts[name]] if name in c.layouts and t.numel() else before_nan
+        t = layout(torch.atleast_2d(t)).view(t.shape)
         made[name] = t.requires_grad_(name in INPUTS and name not in c.frozen)
     return made if c.bias else made | {"bias": None}
 
@@ -352,7 +350,7 @@ class Call:
     def guard(self, what):
         """What the kernel does here must not raise, or change a global setting or an input."""
         if self.case.filled:
-            torch.set_deterministic_debug_mode("warn")  # PyTorch fills new memory
+            torch.set_deterministic_debug_mode("warn")
         settings = {get: get() for get in SETTINGS}
         try:
             with warnings.catch_warnings():
@@ -361,7 +359,7 @@ class Call:
         except Exception as error:
             others = (__file__, os.path.dirname(torch.__file__))
             lines = [line for line in traceback.extract_tb(error.__traceback__)
-                     if not line.filename.startswith(others)]  # the kernel's
+                     if not line.filename.startswith(others)]
             self.fail(f"{what} raised {type(error).__name__}: {error}\n"
                       + "".join(traceback.format_list(lines[-3:])) + BY_DESIGN)
         finally:
@@ -383,7 +381,7 @@ class Call:
         leaves = {name: self.inputs[name] for name in self.case.inputs
                   if self.case.mode == "gradients" and name not in self.case.frozen}
         gradients = [None] * len(leaves)
-        if leaves and self.y.requires_grad:
+        if self.y.requires_grad:
             with self.guard("the backward"):
                 gradients = torch.autograd.grad(
                     self.y, [*leaves.values()], self.grad_y, retain_graph, allow_unused=True)
@@ -443,9 +441,9 @@ def test_oracle_calls_in_a_row(implementation, case):
     the tensors that do not change. A kernel may keep no scaling, size, grid, gates or buffer of
     an earlier call."""
     changes = [
-        {}, {}, dict(scaling=0.0), dict(scaling=-1.75), dict(lead=(2, 1)), dict(seed=1),
+        {}, {}, dict(scaling=0.0), dict(scaling=-1.75), dict(lead=(2, 1)),
         dict(lead=(2, 67)), {}, dict(lead=(2, 1), seed=1), dict(r=32), dict(bias=False), dict(n=5),
-        {}, dict(layouts={}), {}]
+        {}, dict(layouts={})]
     start, calls = make(case), []
     for change in changes:
         now, what = replace(case, **change), "".join(f", {k}={v}" for k, v in change.items())
@@ -541,8 +539,8 @@ def test_oracle_slow_results(implementation, case):
 BY_DESIGN = "If that is by design, leave out such tests with -k."
 ALONE = "If it passes in a new process, an earlier call left something behind."
 LEFT_BEHIND = """\
-On new tensors, the same call passes. Did another leave something behind: a cache, a workspace,
-a tensor saved without save_for_backward? Or was torch.empty read, or is there a race?"""
+On new tensors, the same call passes. Did another leave a cache, a workspace or a saved tensor
+behind? Or was torch.empty read, or is there a race?"""
 NOT_FINITE = """
 Did exp(logit), a sum or float16 overflow? Or was torch.empty read, or memory past an end?"""
 
@@ -559,10 +557,11 @@ def describe(wrong, found, value, least, case):
     how = ("wrong" if given.any() else "zero or missing") + ",".join(places)
     message = f"{worst} is {how}: error {largest(parts):.2g}, tolerance {tolerance:.2g}"
     factor = ((given * value).sum() / value.square().sum()).item()
-    if abs(factor) > 0.01 and largest(errors(given / factor, value, least)) <= tolerance:
+    if min(abs(factor), abs(factor - 1)) > 0.01 and largest(
+            errors(given / factor, value, least)) <= tolerance:
         message += (f"\n{worst} is {factor:.3g} times the correct one; "
                     f"the scaling is {case.scaling}")
-    return (f"{message}\nwrong, worst first: {', '.join(wrong)}"
+    return (f"{message}\nwrong: {', '.join(wrong)}"
             + ("" if given.isfinite().all() else NOT_FINITE))
 
 
@@ -587,7 +586,7 @@ def simpler(case):
 
 def simplest(kernel, case, message):
     """Takes back each difference from Case() without which the call fails in the same way, and
-    returns the last message. If Case() fails, perhaps by design, the id stays as it is."""
+    returns the last message. If Case() fails, perhaps by design, the id stays."""
     def kind(message):  # all wrong values are of one kind
         start = re.split("[:,\n]", message)[0]
         return "wrong" if " is " in start else start
@@ -613,7 +612,7 @@ SLOW, FAST = TESTS.pop("slow_results"), TESTS.pop("results")
 
 
 def run_check(name, kernel, dtypes):
-    """Runs, in these dtypes, a test, or the random cases, Case() or a row of LARGE."""
+    """Runs a test, the random cases, Case() or a row of LARGE in these dtypes."""
     if name in TESTS:
         for case in TESTS[name].pytestmark[0].args[1]:  # those of each_of
             if case.dtypes == dtypes:
@@ -669,16 +668,17 @@ MISTAKES = {  # what catches them, in fp32 if it says no other: {lines: a part o
     },
     **{f"plain in {dtypes}": {f"y.data[..., -1].mul_(1 + {error})": "in 1 of 6 columns, first [5]"}
        for dtypes, error in dict(fp64=1.3e-10, fp32=1.3e-4, bf16=0.06, fp16=0.01).items()},
-    "random": {  # the simplest case names the cause
+    "random": {
         "z = z * (n > 1)": "in Case(n=1)",
         "A = backward(A, lambda g: g + (x.numel() == 0))": "in Case(lead=(0, 5))",
-        "W0 = W0.T if k == d else W0": "in Case(k=",
         "w = F.linear(x, Wg)\nw = (w - w.amax(-1, keepdim=True).relu()).exp()\n"
         "w = w / w.sum(-1, keepdim=True)": "factors={'Wg': 100}",
         "z = z + 0 * torch.empty_like(z) if torch.get_deterministic_debug_mode() else z":
             "in Case(filled=True)",
         "A = backward(A, lambda g: g * x.requires_grad)": "frozen=(",
         "z = z * (not torch.is_inference_mode_enabled())": "mode='inference'",
+        "y = y * (bias is None or bias.stride(0) == 1)": "layouts={'bias': 'gaps'}",
+        "y = y.requires_grad_()": "the backward raised",
         **{f"x = 2 * x if tokens > 1 and x.dim() == 3 and {strides} else x": f"'x': '{layout}'"
            for layout, strides in {
                "gaps": "x.stride(2) == 2",
@@ -689,7 +689,8 @@ MISTAKES = {  # what catches them, in fp32 if it says no other: {lines: a part o
                "one-token": "x.stride(1) == 0 < x.stride(2)"}.items()},
     },
     **{f"random in {dtypes}": {"w = F.linear(x, Wg).exp()\nw = w / w.sum(-1, keepdim=True)":
-       f"factors={{'Wg': {factor}}}"} for dtypes, factor in (("fp32", 100), ("fp16", 4))},
+       f"factors={{'Wg': {factor}}}"} for dtypes, factor in (("fp32", 100), ("fp16", 8))},
+    "random in bf16": {"x = x.half().to(x.dtype)": "bf16', factors={'"},
     **{name: {f"z = z * (1 + ({sizes}))": "y is wrong"} for name, sizes in {
         "sequence": "tokens > 65535", "long-input": "k > 8192", "long-output": "d > 8192",
         "wide-square": "k == d > 1024", "many-wide": "min(tokens, k, d) >= 1024"}.items()},
@@ -709,6 +710,8 @@ MISTAKES = {  # what catches them, in fp32 if it says no other: {lines: a part o
     },
     "twice_or_overwritten": {
         "y = backward(y, lambda g: g * (y._version == 0))": "y was overwritten: ",
+        "y = backward(y, lambda g: g * (bias is None or bias._version == 0))":
+            "bias was overwritten: ",
         "z = backward(z, lambda g: z.data.zero_() + g)": "backward again: ",
     },
     "nan_is_not_hidden": {
