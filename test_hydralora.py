@@ -120,11 +120,11 @@ DTYPES = {  # of x and y, of W0 and bias, of A, B and Wg; autocast's; the larges
     "fp64": Dtypes(f64, f64, f64, None, 1e-10),
     "fp32": Dtypes(f32, f32, f32, None, 1e-4),
     "bf16": Dtypes(bf16, bf16, bf16, None, 0.055),
-    "fp16": Dtypes(f16, f16, f16, None, 0.008),
+    "fp16": Dtypes(f16, f16, f16, None, 0.01),
     "mixed-bf16": Dtypes(bf16, bf16, f32, None, 0.055),
-    "mixed-fp16": Dtypes(f16, f16, f32, None, 0.008),
+    "mixed-fp16": Dtypes(f16, f16, f32, None, 0.01),
     "autocast-bf16": Dtypes(bf16, f32, f32, bf16, 0.055),
-    "autocast-fp16": Dtypes(f32, f32, f32, f16, 0.008),
+    "autocast-fp16": Dtypes(f32, f32, f32, f16, 0.01),
 }
 MODES = {"gradients": torch.enable_grad, "values": torch.no_grad, "inference": torch.inference_mode}
 
@@ -667,7 +667,7 @@ MISTAKES = {  # what catches them, in fp32 if it says no other: {lines: a part o
             "use_deterministic_algorithms(True)")},
     },
     **{f"plain in {dtypes}": {f"y.data[..., -1].mul_(1 + {error})": "in 1 of 6 columns, first [5]"}
-       for dtypes, error in dict(fp64=1.3e-10, fp32=1.3e-4, bf16=0.06, fp16=0.01).items()},
+       for dtypes, error in dict(fp64=1.3e-10, fp32=1.3e-4, bf16=0.06, fp16=0.012).items()},
     "random": {
         "z = z * (n > 1)": "in Case(n=1)",
         "A = backward(A, lambda g: g + (x.numel() == 0))": "in Case(lead=(0, 5))",
@@ -1243,7 +1243,7 @@ def test_toy_measures_by_hand(toy):
     data = toy.Data(plain, torch.arange(20_000) % 3, None)
     for count in toy.DIFFER:
         answers = toy.encipher(toy.differ_in(count, torch.randperm(15)), data)
-        counts = F.one_hot(15 * plain + answers, 225).sum((0, 1)).view(15, 15)
+        counts = torch.bincount((15 * plain + answers).flatten(), minlength=225).view(15, 15)
         best = 100 * (counts.amax(1).sum() / counts.sum()).item()
         assert toy.best_without_domain(count) == pytest.approx(best, abs=0.5)
 
