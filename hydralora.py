@@ -152,14 +152,14 @@ class HydraLoRALinear(nn.Module):
 #
 # Why is A shared, and not B?
 # In the paper, LoRAs of different data, even of random parts of one task (Fig. 9), have
-# A's that "tend to converge" and B's that are "distinguishable" (Observation II). So this
-# does not show that tasks can share an A. The paper supposes that the asymmetry is "mainly
-# rooted in the different initialization methods" (Sec. 4.2, RQ3). If A's have a common
-# random start, they stay alike until they have moved far from it. B's start at 0, which
-# has no direction, so they differ from the first step. The argument for one A is size: N
-# LoRAs have N r (k + d) parameters, but one A with N heads has r (k + N d). One B with N
-# A's would save as much if k = d. It would read N r directions of x and write r of y. One
-# A does the reverse.
+# A's that "tend to converge" and B's that are "distinguishable" (Observation II). So
+# this does not show that tasks can share an A. The paper supposes that the asymmetry is
+# "mainly rooted in the different initialization methods" (Sec. 4.2, RQ3). If A's have a
+# common random start, they stay alike until they have moved far from it. B's start at 0,
+# which has no direction, so they differ from the first step. The argument for one A is
+# size: N LoRAs have N r (k + d) parameters, but one A with N heads has r (k + N d). One
+# B with N A's would save as much if k = d. It would read N r directions of x and write r
+# of y. One A does the reverse.
 #
 # Why do the heads differ?
 # For one token, let g = dL/dy, let l = Wg^T x be the logits, so that w = softmax(l),
@@ -171,8 +171,8 @@ class HydraLoRALinear(nn.Module):
 #     dL/dl_i = w_i (dL/dw_i - sum_j w_j dL/dw_j)    head i, compared with the mixture
 #     dL/dWg  = x (dL/dl)^T
 #
-# At the start, all B_i are 0, so the gradients of A and Wg are 0, and those of the
-# heads differ only by w_i. Without the random start of Wg, they would stay equal. Later, a
+# At the start, all B_i are 0, so the gradients of A and Wg are 0, and those of the heads
+# differ only by w_i. Without the random start of Wg, they would stay equal. Later, a
 # token raises the logits of heads that lower its loss more than the mixture. Where their
 # w_i rise, too, it counts more in their gradients, so a small preference grows.
 #
@@ -180,8 +180,8 @@ class HydraLoRALinear(nn.Module):
 # A step of SGD on a token x changes the logits of x' by -lr (x . x') dL/dl, so similar
 # tokens come to prefer the same head. What the heads have in common cancels in dL/dl, so
 # only their differences turn the router. This leaves open which "intrinsic components"
-# (Sec. 1) of the data they divide. In train_toy.py, on o_proj, it is the domains if these
-# need different answers, and the symbols if not.
+# (Sec. 1) of the data they divide. In train_toy.py, on o_proj, it is the domains if
+# these need different answers, and the symbols if not.
 #
 # Gates alone do not show what a head has learnt. To see it, let each head answer alone:
 # merge with gate 1 for this head and 0 for the others.
@@ -336,8 +336,8 @@ def record_gates(model):
 def mean_gates(gates):
     """The mean w over all recorded tokens: dict name -> (n,).
 
-    Layers without tokens are left out. Padding counts as tokens, and dropout in the model
-    changes w, so record without both.
+    Layers without tokens are left out. Padding counts as tokens, and dropout in the
+    model changes w, so record without both.
     """
     means = {}
     for name, ws in gates.items():
@@ -350,8 +350,8 @@ def mean_gates(gates):
 def merge_hydralora(model, gates):
     """Replace each HydraLoRA layer by layer.merge(gates[name]), and return the model.
 
-    gates: dict name -> (n,), as from mean_gates. Compare the model before and after: one w
-    for all tokens can ruin it.
+    gates: dict name -> (n,), as from mean_gates. Compare the model before and after: one
+    w for all tokens can ruin it.
     """
     return _replace(model, {layer: layer.merge(gates[name])
                             for name, layer in hydralora_layers(model).items()})

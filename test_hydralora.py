@@ -1160,11 +1160,11 @@ def seed_0(toy):
 
 
 def is_printed(line, output):
-    """Whether a printed line begins so. On another CPU, a number may be 1.2 off, and an answer
-    any if it has * on one of them."""
+    """Whether a printed line begins so. On another CPU, a number may be 1.2% off, or 0.05, and
+    an answer any if it has * on one of them."""
     def agree(said, found):
         if "." in said and "." in found:
-            return abs(float(said) - float(found)) <= 1.2
+            return abs(float(said) - float(found)) <= 0.05 + 0.012 * float(said)
         return said == found or "*" in said + found
 
     said, *printed = (each.replace("*", " *").split() for each in (line, *output.splitlines()))
@@ -1178,12 +1178,11 @@ def test_toy_prints_its_docstrings_example(toy, seed_0):
 
 
 def test_toy_shows_what_heads_do(seed_0):
+    for line in ("0 400 99.4 o_proj 0.05 0.25 0.04", "15 400 98.5 o_proj 0.99 0.25 0.21",
+                 "one domain, two starts, after 10 steps 0.20 0.45",
+                 "two domains, one start, after 400 steps 0.46 0.54", "by chance 0.11 0.11"):
+        assert is_printed(line, seed_0.output), line
     for text, least, greatest in [
-            ("NMI of o_proj's heads and domain, 15 differ", 0.9, 1),
-            ("NMI of o_proj's heads and domain, 0 differ", 0, 0.1),
-            ("NMI of o_proj's heads and symbol, 0 differ", 0.15, 0.35),
-            ("o_proj, 15 differ: a head alone, on its own tokens (%)", 95, 100),
-            ("o_proj, 15 differ: a head alone, on the others (%)", 0, 3),
             ("o_proj, 15 differ: answers of a head alone that are its domain's (%)", 80, 95),
             ("o_proj, 0 differ: a head alone, on its own tokens (%)", 95, 100),
             ("o_proj, 0 differ: a head alone, on the others (%)", 10, 50),
