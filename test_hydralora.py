@@ -1160,8 +1160,8 @@ def seed_0(toy):
 
 
 def is_printed(line, output):
-    """Whether a printed line begins so. On another CPU, a number may be 1.2% off, or 0.05, and
-    an answer any if it has * on one of them."""
+    """Whether a printed line begins so. On another CPU, a number may be a little off, and an
+    answer any if it has *."""
     def agree(said, found):
         if "." in said and "." in found:
             return abs(float(said) - float(found)) <= 0.05 + 0.012 * float(said)
@@ -1171,7 +1171,7 @@ def is_printed(line, output):
     return any(len(said) <= len(found) and all(map(agree, said, found)) for found in printed)
 
 
-def test_toy_prints_its_docstrings_example(toy, seed_0):
+def test_toy_prints_its_example(toy, seed_0):
     said, answered = re.findall(r"(?:input|target): +([a-o ]+) \.", toy.__doc__)
     assert is_printed(f"plaintext {said}", seed_0.output)
     assert any(is_printed(f"head {i}, domain 0 {answered}", seed_0.output) for i in range(3))
@@ -1180,18 +1180,19 @@ def test_toy_prints_its_docstrings_example(toy, seed_0):
 def test_toy_shows_what_heads_do(seed_0):
     for line in ("0 400 99.4 o_proj 0.05 0.25 0.04", "15 400 98.5 o_proj 0.99 0.25 0.21",
                  "one domain, two starts, after 10 steps 0.20 0.45",
-                 "two domains, one start, after 400 steps 0.46 0.54", "by chance 0.11 0.11"):
+                 "two domains, one start, after 400 steps 0.46 0.54", "by chance 0.11 0.11",
+                 "All LoRAs: 2,688 parameters,"):
         assert is_printed(line, seed_0.output), line
     for text, least, greatest in [
             ("o_proj, 15 differ: answers of a head alone that are its domain's (%)", 80, 95),
             ("o_proj, 0 differ: a head alone, on its own tokens (%)", 95, 100),
             ("o_proj, 0 differ: a head alone, on the others (%)", 10, 50),
-            ("LoRA-Split, 15 differ (%)", 95, 100)]:
+            ("HydraLoRA's lead over LoRA, 15 differ (%)", 10, 20)]:
         assert least < seed_0.numbers[text] < greatest, text
 
 
 def test_toy_heads_alone_by_hand(toy, monkeypatch):
-    """Head i has domain i's cipher and symbol i, which is 20 of 32 in that domain's text."""
+    """Head i has domain i's cipher, and symbol i, 20 of 32 in that domain's text."""
     layer, model = HydraLoRALinear(nn.Linear(15, 15), r=15, lora_alpha=15), nn.Module()
     model.layers = [None, nn.ModuleDict({"o_proj": layer})]
     monkeypatch.setattr(toy, "predict", lambda model, data: model.layers[1].o_proj(
