@@ -648,7 +648,8 @@ def backward(t, change):
     return t
 
 
-MISTAKES = {  # what catches them, in fp32 if it says no other: {lines: a part of the message}
+NO_MAX = "w = F.linear(x, Wg).exp()\nw = w / w.sum(-1, keepdim=True)"
+MISTAKES = {  # what catches them, in fp32 by default: {lines: a part of the message}
     "plain": {
         "scaling = 1.0": "y is wrong",
         "w = w.detach()": "Wg.grad is zero or missing",
@@ -679,6 +680,8 @@ MISTAKES = {  # what catches them, in fp32 if it says no other: {lines: a part o
         "z = z * (not torch.is_inference_mode_enabled())": "mode='inference'",
         "y = y * (bias is None or bias.stride(0) == 1)": "layouts={'bias': 'gaps'}",
         "y = y.requires_grad_()": "the backward raised",
+        "z = z * (memory.setdefault('n', []).append(1) or len(memory['n']) != 3)":
+            "On new tensors, the same call passes",
         **{f"x = 2 * x if tokens > 1 and x.dim() == 3 and {strides} else x": f"'x': '{layout}'"
            for layout, strides in {
                "gaps": "x.stride(2) == 2",
@@ -688,8 +691,8 @@ MISTAKES = {  # what catches them, in fp32 if it says no other: {lines: a part o
                "one-value": "x.stride(2) == 0",
                "one-token": "x.stride(1) == 0 < x.stride(2)"}.items()},
     },
-    **{f"random in {dtypes}": {"w = F.linear(x, Wg).exp()\nw = w / w.sum(-1, keepdim=True)":
-       f"factors={{'Wg': {factor}}}"} for dtypes, factor in (("fp32", 100), ("fp16", 8))},
+    **{f"random in {dtypes}": {NO_MAX: f"factors={{'Wg': {factor}}}"}
+       for dtypes, factor in (("fp32", 100), ("fp16", 8))},
     "random in bf16": {"x = x.half().to(x.dtype)": "bf16', factors={'"},
     **{name: {f"z = z * (1 + ({sizes}))": "y is wrong"} for name, sizes in {
         "sequence": "tokens > 65535", "long-input": "k > 8192", "long-output": "d > 8192",
@@ -740,9 +743,8 @@ def test_mistake_is_caught(caught_by, lines, message):
 
 
 # ---- Correct kernels ----
-CORRECT = [  # lines that change no more than a kernel may change, in these dtypes
-    ("fp16", "w = F.linear(x, Wg)\nw = (w - w.amax(-1, keepdim=True)).exp()\n"
-             "w = w / w.sum(-1, keepdim=True)"),
+CORRECT = [  # changes that a kernel may make
+    ("autocast-bf16", NO_MAX),
     ("bf16", "A, B = torch.eye(k).to(A), B @ A"),
     ("mixed-bf16", "A, B, Wg = A.to(x.dtype), B.to(x.dtype), Wg.to(x.dtype)"),
     ("autocast-bf16", "y = y.float()"),
