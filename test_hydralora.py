@@ -48,7 +48,6 @@ room 3 has mistakes that must be caught. Rooms 4 and 5 test the other files.
 """
 import collections
 import contextlib
-import copy
 import functools
 import gc
 import inspect
@@ -274,8 +273,8 @@ def correct(inputs, case):
         gradients = torch.autograd.grad(y, [*exact.values()], g)
         with torch.no_grad():
             u = y - F.linear(exact["x"], exact["W0"], exact.get("bias"))
-            size = (g * u).norm(dim=-1, keepdim=True)  # (..., 1), of the products in g . u
-            least = dict(x=size.norm() * exact["Wg"].norm() / case.n**0.5,
+            size = (g * u).norm(dim=-1, keepdim=True)  # (..., 1), of g . u
+            least = dict(x=size.norm() * exact["Wg"].norm() / case.n**0.5,  # of a row of Wg
                          Wg=(size * exact["x"]).norm())
         for name, gradient in zip(exact, gradients):
             expected[f"{name}.grad"] = gradient, float(least.get(name, 0.0))
