@@ -601,9 +601,9 @@ def simplest(kernel, case, message):
 
 # ==== 3. Does the oracle notice? ====
 
-# To add a field to Case, use it in `make` or Call, and draw it last: then the draws before it
-# stay. To add a test, write it at the end of room 1. Then add to MISTAKES a line that makes a
-# kernel wrong for your field or test, but not for Case().
+# To add a field to Case, use it in `make` or Call, and draw it last, so that others stay. To
+# add a test, write it at the end of room 1, with each_of. Then add to MISTAKES a line that
+# makes a kernel wrong for your field or test, but not for Case().
 
 TESTS = {name.removeprefix("test_oracle_"): test for name, test in globals().items()
          if name.startswith("test_oracle_")}
