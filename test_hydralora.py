@@ -12,8 +12,8 @@ The tests with "oracle" in their names test a kernel:
 
     HYDRALORA_IMPL=module:function python -m pytest test_hydralora.py -k oracle -x --tb=short
 
-Without HYDRALORA_IMPL, they test this project's layer. HYDRALORA_DEVICE sets the device,
-by default cuda if available.
+Without HYDRALORA_IMPL, they test this project's layer. HYDRALORA_DEVICE is by default cuda,
+if available.
 
 A complete kernel takes any strides, any n, and any number of tokens, including none. It may
 return no gradients of W0 and bias, since the base may be frozen. Under autocast, y may
@@ -157,8 +157,10 @@ class Case:
     seed: int = 0
 
     def __repr__(self):
-        usual = vars(Case())
-        changed = {name: v for name, v in vars(self).items() if v != usual[name]}
+        changed = {}
+        for name, value in vars(self).items():
+            if value != getattr(Case(), name):
+                changed[name] = value
         return f"Case({', '.join(keywords(changed))})"
 
     @property
@@ -168,7 +170,8 @@ class Case:
     @property
     def id(self):
         odd = self.k % 16 or self.d % 16 or self.r % 16
-        words = [self.mode, f"{len(self.lead) + 1}d", "odd" if odd else "aligned"]
+        words = [self.mode, f"{len(self.lead) + 1}d"]
+        words.append("odd" if odd else "aligned")
         if 0 in self.lead:
             words.append("empty")
         if self.layouts:
@@ -209,9 +212,10 @@ LARGE_X = dict(  # out of float16's range: x is too large, grad_y too small
     x=2.0**17, W0=2.0**-17, A=2.0**-17, Wg=2.0**-17, grad_y=2.0**-50)
 
 
-def draw_size(rng, least, most):
-    """As many sizes are in 2 to 4 as in 4 to 8, and so on."""
-    return int(math.exp(rng.uniform(math.log(least), math.log(most + 1))))
+def draw_size(rng, least, most, unit=1):
+    """Returns a multiple of unit. As many sizes are in 2 to 4 as in 4 to 8, and so on."""
+    logarithm = rng.uniform(math.log(least), math.log(most + 1))
+    return unit * math.ceil(int(math.exp(logarithm)) / unit)
 
 
 def draw_sizes(case, rng):
@@ -220,30 +224,32 @@ def draw_sizes(case, rng):
     unit = rng.choice([1, 1, 1, 16, 16, 128])  # kernels work in tiles of such sizes
     cost = math.inf
     while cost > 2**25:
-        k = draw_size(rng, least, 1100)
-        d = rng.choice([k, *[draw_size(rng, least, 1100)] * 5])
-        r = rng.choice([k, d, *[draw_size(rng, least, 300)] * 12])
-        case.k = unit * math.ceil(k / unit)
-        case.d = unit * math.ceil(d / unit)
-        case.r = unit * math.ceil(r / unit)
-        case.n = draw_size(rng, 1, 33)
+        case.k = draw_size(rng, least, 1100, unit)
+        case.d = draw_size(rng, least, 1100, unit)
+        case.r = draw_size(rng, least, 300, unit)
+        case.n = draw_size(rng, 1, 16 if "16" in case.dtypes else 33)
         tokens = draw_size(rng, 1, 1100)
-        weights = case.k * case.d + case.n * case.d * case.r
+        if rng.random() < 0.15:
+            case.d = case.k
+        if rng.random() < 0.15:
+            case.r = case.d
+        weights = case.d * (case.k + case.n * case.r)
         cost = weights * max(32, tokens)
     batch = rng.choice([1, 2, 3, 16])
     each = math.ceil(tokens / batch)
-    case.lead = rng.choice([(), (tokens,), (batch, each), (batch, each), (batch, each),
-                            (each, batch), (1, batch, each), (batch, 1, each), (0, tokens)])
+    usual = (batch, each)
+    case.lead = rng.choice([usual, usual, usual, (), (tokens,), (each, batch),
+                            (1, batch, each), (batch, 1, each), (0, tokens)])
 
 
 def draw_factors(case, rng):
     factors = [{}, {}, {}, {}, {}, dict(B=0), dict(x=0)]
     if "fp16" in case.dtypes:
-        factors += [dict(Wg=6), dict(grad_y=2.0**-10)]  # exp(logit) may be inf; small gradients
+        factors += [dict(Wg=5), dict(grad_y=2.0**-10)]  # exp(logit) may be inf; small gradients
     else:
         factors += [dict(B=1e-4), LARGE_X]
-    if "16" not in case.dtypes:
-        factors += [dict(Wg=100)]  # exp(logit) may be inf, or 0 for all heads
+    if "16" not in case.dtypes and case.k >= 8:
+        factors += [dict(Wg=40)]  # exp(logit) may be inf, or 0 for all heads
     return rng.choice(factors)
 
 
@@ -266,12 +272,18 @@ def random_case(dtypes, seed):
     return case
 
 
-RANDOM = {dtypes: [Case(dtypes)] + [random_case(dtypes, seed) for seed in range(40)]
-          for dtypes in DTYPES}
-RANDOM["fp32"] += [random_case("fp32", seed) for seed in range(40, 160)] + [Case(n=260)]
-for mixed in ("mixed-bf16", "mixed-fp16"):  # exp(logit) is inf, but the only gate is 1
-    RANDOM[mixed].append(Case(mixed, n=1, factors=dict(Wg=300)))
+def draw_cases(dtypes):
+    cases = [Case(dtypes)]
+    for seed in range(160 if dtypes == "fp32" else 40):
+        cases.append(random_case(dtypes, seed))
+    if dtypes == "fp32":
+        cases.append(Case(n=260))
+    if "mixed" in dtypes:  # exp(logit) is inf, but the only gate is 1
+        cases.append(Case(dtypes, n=1, factors=dict(Wg=300)))
+    return cases
 
+
+RANDOM = {dtypes: draw_cases(dtypes) for dtypes in DTYPES}
 SQUARE = dict(k=64, d=64, r=16, n=8, bias=False)
 GENERAL = [Case(dtypes, mode, **change)  # for tests with several calls
            for dtypes in DTYPES for change in ({}, SQUARE) for mode in MODES]
@@ -283,7 +295,6 @@ LARGE = {
     "long-input": dict(lead=(1, 1), k=11056, d=16, r=32),  # 16 times a prime
     "long-output": dict(lead=(1, 1), k=48, d=11056, r=16),
     "wide-square": dict(lead=(1, 3), k=2048, d=2048, r=272, n=3),
-    "many-wide": dict(lead=(1, 1040), k=1040, d=1040, r=16, n=3),
 }
 
 
@@ -295,18 +306,23 @@ def make(case):
     """Returns the inputs of a case, and grad_y, the gradient of y."""
     k, d, r, n = case.k, case.d, case.r, case.n
     dtypes = DTYPES[case.dtypes]
-    shapes = dict(x=(*case.lead, k), W0=(d, k), bias=(d,), A=(r, k), B=(n, d, r), Wg=(n, k),
-                  grad_y=(*case.lead, d))
-    stds = dict(W0=k**-0.5, A=k**-0.5, B=r**-0.5, Wg=k**-0.5)  # W0 x, A x and logits are about 1
-    kinds = dict(x=dtypes.x, W0=dtypes.base, bias=dtypes.base, A=dtypes.adapter,
-                 B=dtypes.adapter, Wg=dtypes.adapter, grad_y=dtypes.autocast or dtypes.x)
+    tensors = {  # shape, standard deviation, dtype; W0 x, A x and the logits are about 1
+        "x": ((*case.lead, k), 1.0, dtypes.x),
+        "W0": ((d, k), k**-0.5, dtypes.base),
+        "bias": ((d,), 1.0, dtypes.base),
+        "A": ((r, k), k**-0.5, dtypes.adapter),
+        "B": ((n, d, r), r**-0.5, dtypes.adapter),
+        "Wg": ((n, k), k**-0.5, dtypes.adapter),
+        "grad_y": ((*case.lead, d), 1.0, dtypes.autocast or dtypes.x),
+    }
     made = {}
     for i, name in enumerate(TENSORS):
-        normal = np.random.default_rng([case.seed, i]).normal(size=shapes[name])
-        std = stds.get(name, 1.0) * case.factors.get(name, 1.0)
-        t = torch.from_numpy(std * normal).to(DEVICE, kinds[name])
-        made[name] = lay(torch.atleast_2d(t), case.layouts.get(name, "")).view(t.shape)
-        made[name].requires_grad_(name in INPUTS and name not in case.frozen)
+        shape, std, dtype = tensors[name]
+        values = np.random.default_rng([case.seed, i]).normal(size=shape)
+        values *= std * case.factors.get(name, 1.0)
+        t = torch.atleast_2d(torch.from_numpy(values).to(DEVICE, dtype))
+        t = lay(t, case.layouts.get(name, "")).view(shape)
+        made[name] = t.requires_grad_(name in INPUTS and name not in case.frozen)
     if not case.bias:
         made["bias"] = None
     return made
@@ -346,11 +362,14 @@ def least_norms(x, Wg, products):
     """
     size = products.norm(dim=-1, keepdim=True)  # (..., 1)
     row_of_Wg = Wg.norm() / len(Wg)**0.5
-    return {"x": (size.norm() * row_of_Wg).item(), "Wg": (size * x).norm().item()}
+    of_x = size.norm() * row_of_Wg
+    of_Wg = (size * x).norm()
+    return {"x": of_x.item(), "Wg": of_Wg.item()}
 
 
 def norms(t):
-    return {"rows": t.norm(dim=-1), "columns": t.reshape(-1, t.shape[-1]).norm(dim=0)}
+    columns = t.reshape(-1, t.shape[-1])
+    return {"rows": t.norm(dim=-1), "columns": columns.norm(dim=0)}
 
 
 def errors(found, value, least):
@@ -366,8 +385,9 @@ def errors(found, value, least):
     return relative
 
 
-def largest(errors_of_parts):
-    return max(each.max().item() if each.numel() else 0.0 for each in errors_of_parts.values())
+def largest(relative):
+    both = torch.cat([relative["rows"].flatten(), relative["columns"]])
+    return both.max().item() if both.numel() else 0.0
 
 
 # ---- A call ----
@@ -398,18 +418,19 @@ SETTINGS = {  # what reads a global setting -> what puts it back
 
 
 class Call:
-    """A call of a kernel, on these inputs or those of the case. The message of a failure begins
-    with `moment` and ends with `hint`."""
+    """A call of a kernel, on these inputs or those of the case. A failure's message begins with
+    `moment`."""
 
-    def __init__(self, kernel, case, inputs=None, moment="", hint=""):
+    def __init__(self, kernel, case, inputs=None, moment=""):
         self.case = case
         self.moment = moment
-        self.hint = hint
         with MODES[case.mode]():
             self.inputs = dict(inputs or make(case))
         self.expected = correct(self.inputs, case)
-        self.before = {name: (t, storage_of(t).clone(), t.requires_grad, t.grad)
-                       for name, t in self.inputs.items() if t is not None}
+        self.before = {}
+        for name in (*case.inputs, "grad_y"):
+            t = self.inputs[name]
+            self.before[name] = (t, storage_of(t).clone(), t.requires_grad, t.grad)
         arguments = [self.inputs[name] for name in INPUTS]
         with MODES[case.mode](), autocast(case), self.guard("the call"):
             self.y = kernel(*arguments, case.scaling)
@@ -430,10 +451,11 @@ class Call:
 
     def leaves(self):
         """Returns name -> input, for those that require a gradient."""
-        if self.case.mode != "gradients":
-            return {}
-        return {name: self.inputs[name] for name in self.case.inputs
-                if self.inputs[name].requires_grad}
+        leaves = {}
+        for name in self.case.inputs:
+            if self.case.mode == "gradients" and self.inputs[name].requires_grad:
+                leaves[name] = self.inputs[name]
+        return leaves
 
     @contextlib.contextmanager
     def guard(self, what):
@@ -475,19 +497,22 @@ class Call:
         return found
 
     def compare(self, found):
-        tolerance = DTYPES[self.case.dtypes].tolerance
-        error = {name: largest(errors(found[name], value, least))
-                 for name, (value, least) in self.expected.items() if name in found}
-        right = [name for name in error if error[name] <= tolerance]
-        wrong = [name for name in error if name not in right]
+        right = []
+        wrong = {}  # name -> error
+        for name in found:
+            error = largest(errors(found[name], *self.expected[name]))
+            if error <= DTYPES[self.case.dtypes].tolerance:
+                right.append(name)
+            else:
+                wrong[name] = error
         if wrong:
-            first = "y" if "y" in wrong else max(wrong, key=error.get)
-            value, least = self.expected[first]
-            message = describe(first, as_float64(found[first]), value, least, self.case)
-            self.fail(f"{message}\nwrong: {', '.join(wrong)}; correct: {', '.join(right) or 'none'}")
+            first = "y" if "y" in wrong else max(wrong, key=wrong.get)
+            message = describe(first, as_float64(found[first]), *self.expected[first], self.case)
+            names = f"wrong: {', '.join(wrong)}; correct: {', '.join(right) or 'none'}"
+            self.fail(f"{message}\n{names}")
 
     def fail(self, message):
-        raise AssertionError(f"{self.moment}{message}\nin {self.case}{self.hint}") from None
+        raise AssertionError(f"{self.moment}{message}\nin {self.case}") from None
 
 
 def check(*calls):
@@ -541,8 +566,8 @@ def test_oracle_calls_in_a_row(implementation, case):
             old, new = first[name], inputs[name]
             if old is not None and old.stride() == new.stride() and torch.equal(old, new):
                 inputs[name] = old
-        moment = ", ".join([f"call {len(calls) + 1}", *keywords(change)]) + ": "
-        calls.append(Call(implementation, now, inputs, moment, IS_A_BUFFER_KEPT))
+        moment = f"call {len(calls) + 1}, {change} (is a buffer or cache of another kept?): "
+        calls.append(Call(implementation, now, inputs, moment))
     check(*calls)
 
 
@@ -564,8 +589,8 @@ def test_oracle_changed_tensors(implementation, case):
             inputs[name].data.copy_(new)
         for mode in sorted({case.mode, "values"}):
             now = replace(case, mode=mode)
-            moment = f"after {name} was changed ({way}): "
-            check(Call(implementation, now, inputs, moment, IS_A_CACHE_KEPT))
+            moment = f"after {name} was changed, {way} (is a cache kept?): "
+            check(Call(implementation, now, inputs, moment))
 
 
 @each_of(WITH_GRADIENTS)
@@ -634,10 +659,6 @@ def test_oracle_slow_results(implementation, case):
 
 # ==== 2. What a failure says ====
 
-IS_A_BUFFER_KEPT = """
-If this call is right alone, does the kernel keep a buffer, a size or a cache of an earlier call?"""
-IS_A_CACHE_KEPT = """
-If this call is right alone, does the kernel keep a cache of what it computed from old values?"""
 LEFT_BEHIND = """\
 On new tensors, the same call passes. Did another leave a cache, a workspace or a saved tensor
 behind? Or was torch.empty read, or is there a race?"""
@@ -740,8 +761,8 @@ def explain(kernel, case, message):
 
 # To add a field to Case, use it in `make` or Call, and draw it last in random_case, so that
 # other draws stay. To add a test, write it at the end of room 1, with each_of. Then add to
-# MISTAKES lines that make a kernel wrong for your field or test, but not for Case(). A correct
-# kernel that your change might refuse belongs into CORRECT.
+# MISTAKES a line that makes a kernel wrong for your field or test, but not for Case(), and to
+# CORRECT a kernel that your change might refuse.
 
 TESTS = {name.removeprefix("test_oracle_"): test for name, test in globals().items()
          if name.startswith("test_oracle_")}
@@ -771,16 +792,16 @@ tokens = x.shape[:-1].numel()
 calls = memory["calls"] = memory.get("calls", 0) + 1"""
 
 
-def mutant(lines):
-    """Returns the definition with more lines. One that begins with w or z goes in below the line
-    that computes it ("z = 2 * z" below "z = F.linear(x, A)"), with y before the return, others
-    at the start. They may use what START defines, and `memory`, which outlives a call."""
+def mutant(line):
+    """Returns the definition with one more line. If it begins with w or z, it goes in below the
+    line that computes it ("z = 2 * z" below "z = F.linear(x, A)"), with y before the return,
+    else at the start. It may use what START defines, and `memory`, which outlives a call."""
     source = inspect.getsource(definition)
     following = {"w": "    z = ", "z": "    for ", "y": "    return "}
-    for line in [*START.splitlines(), *lines.splitlines()]:
-        word = re.match(r"\w*", line)[0]
+    for each in [*START.splitlines(), line]:
+        word = re.match(r"\w*", each)[0]
         place = following.get(word, "    y = F.linear(")
-        source = source.replace(place, f"    {line}\n{place}", 1)
+        source = source.replace(place, f"    {each}\n{place}", 1)
     scope = globals() | {"memory": {}}
     exec(source, scope)
     return scope["definition"]
@@ -794,107 +815,160 @@ def backward(t, change):
     return t
 
 
-NO_MAX = "w = F.linear(x, Wg).exp()\nw = w / w.sum(-1, keepdim=True)"
-QUEUE_OR_STACK = """\
-memory.setdefault("saved", []).append(x)
-A = backward(A, lambda g: g * (memory["saved"].pop({end}) is x))"""
+def exp_without_max(logits):
+    w = logits.exp()
+    return w / w.sum(-1, keepdim=True)
 
-MISTAKES = {  # what catches them, in fp32 by default: {lines: a part of the message}
-    "plain": {
-        "w = F.linear(x, Wg).softmax(0)": "It passes with: lead=()\nIt fails with: lead=(5,)",
-        "w = backward(w, lambda g: g / scaling)": "It is 0.571 times the correct one",
-        "x = backward(x, lambda g: 1.01 * g)": "wrong: x.grad; correct: y, W0.grad",
-        "y = y, w": "found <class 'tuple'>",
-        "y = y[99]": ", in definition",
-        "y = backward(y, lambda g: g.data.mul_(2))": "changed grad_y in place",
-        "x.data.as_strided([1], [1], x.numel()).zero_()": "changed x in place",
-        "A.grad = torch.zeros_like(A)": "A.requires_grad or A.grad",
-        "A = A + 0 * A.detach().as_strided([1], [1], A.numel())": "memory past an end",
-        "torch.set_grad_enabled(False)": "the call changed what is_grad_enabled() returns",
-        "torch.set_default_dtype(f64)": "get_default_dtype()",
-        "torch.set_num_threads(2)": "get_num_threads()",
-        "torch.set_float32_matmul_precision('high')": "get_float32_matmul_precision()",
-        "torch.manual_seed(0)": "initial_seed()",
-    },
-    "plain in autocast-bf16": {
-        "y, _ = y, torch.autocast(x.device.type, enabled=False).__enter__()": "autocast_dtype()"},
-    "plain in fp16": {"z = z * 1.012": "is wrong"},
-    "random": {
-        "z = z * (not 256 < k < 1024)": "Case(k=",
-        "z = z * (not 600 < tokens < 1040)": "Case(lead=",
-        "z = z * bool(k % 128 or d % 128 or r % 128)": "r=128",
-        "A = backward(A, lambda g: g + (tokens == 0))": "lead=(0, ",
-        "A = backward(A, lambda g: g * x.requires_grad)": "frozen=(",
-        "y = y.requires_grad_()": "y requires a gradient, but no input does",
-        "z = z * (not torch.is_inference_mode_enabled())": "mode='inference'",
-        "z = z + 0 * torch.empty_like(z) if torch.get_deterministic_debug_mode() else z":
-            "in Case(filled=True)",
-        "z = z * (calls != 3)": "On new tensors",
-        "y = y * (bias is None or bias.stride(0) == 1)": "layouts={'bias': 'gaps'}",
-        "y = y * (x.dim() != 2 or x.stride(0) == k or x.stride(1) > 1)": "{'x': 'wide-rows'}",
-        "y = y * (x.dim() < 3 or x.stride(0) >= x.stride(1))": "{'x': 'tokens-first'}",
-        "y = y * (x.stride(-1) < 3)": "{'x': 'transposed'}",
-        "y = y * (x.dim() < 3 or x.stride(0) > 0)": "{'x': 'one-sequence'}",
-        "y = backward(y, lambda g: g * (g.stride(-1) > 0))": "{'grad_y': 'one-value'}",
-        NO_MAX: "factors={'Wg': 100}",
-    },
-    "random in mixed-bf16": {NO_MAX: "factors={'Wg': 300}"},
-    "random in bf16": {
-        "x = x.half().to(x.dtype)": "bf16', factors={'",
-        "z = z * (n <= 8)": "n=",
-        "z = z * 1.03": "is wrong",
-    },
-    "random in fp16": {
-        NO_MAX: "factors={'Wg': 6}",
-        "w = backward(F.linear(x, Wg), lambda g: g * (g.abs() > 6e-5)).softmax(-1)":
-            "factors={'grad_y': ",
-    },
-    "sequence": {"z = z * (tokens <= 65535)": "y is wrong"},
-    "long-sum in bf16": {
-        "z = torch.cat([F.linear(t, A) for t in x.split(16, -2)], -2)": "A.grad is wrong"},
-    "long-input": {"z = z * (k <= 8192)": "y is wrong"},
-    "long-output": {"z = z * (d <= 8192)": "y is wrong"},
-    "wide-square": {"z = z * (min(k, d) < 2048)": "y is wrong"},
-    "many-wide": {"z = z * (min(tokens, k, d) <= 1024)": "y is wrong"},
-    "calls_in_a_row": {
-        "scaling = memory.setdefault(id(B), scaling)": "call 3, scaling=0.0: y is",
-        "y, _ = y, memory.setdefault(y.shape, y).data.copy_(y)": "lead=(2, 1): y is wrong",
-        QUEUE_OR_STACK.format(end=0): "A.grad is zero",
-        QUEUE_OR_STACK.format(end=-1): "A.grad is zero",
-    },
-    "changed_tensors": {
-        "W0 = memory.setdefault((id(W0), W0._version), W0.detach().clone())": "(in place): y is",
-        "W0 = memory.setdefault(id(W0), W0.detach())": "(moved): y is",
-    },
-    "twice_or_overwritten": {
-        "y = backward(y, lambda g: g * (y._version == 0))": "y was overwritten: ",
-        "y = backward(y, lambda g: g * (bias is None or bias._version == 0))":
-            "bias was overwritten: ",
-        "z = backward(z, lambda g: z.data.zero_() + g)": "backward again: ",
-    },
-    "nan_is_not_hidden": {
-        "x = torch.nan_to_num(x)": "y is wrong: it hides nan",
-        "y = y + 0 * x.sum()": "y is wrong: nan has spread",
-        "y = backward(y, lambda g: g.clamp(-1e4, 1e4))": "with inf in grad_y: ",
-    },
-    "memory_is_freed": {
-        "y = backward(y, lambda g: memory.update(kept=g))": "keeps grad_y alive",
-        "memory.update(kept=x)": "keeps x alive",
-    },
-}
+
+def mistakes():
+    """Yields what catches a mistake, in which dtypes, its line and a part of the message."""
+    for text in MISTAKES.splitlines():
+        if text.startswith("    "):
+            yield name, dtypes or "fp32", line, text.strip()
+        elif text.startswith("  "):
+            line = text.strip()
+        else:
+            name, _, dtypes = text.partition(" in ")
+
+
+MISTAKES = """\
+plain
+  w = F.linear(x, Wg).softmax(0)
+    It passes with: lead=()
+  w = backward(w, lambda g: g / scaling)
+    It is 0.571 times the correct one
+  x = backward(x, lambda g: 1.01 * g)
+    wrong: x.grad; correct: y, W0.grad
+  y = y, w
+    found <class 'tuple'>
+  y = y[99]
+    , in definition
+  y = backward(y, lambda g: g.data.mul_(2))
+    changed grad_y in place
+  x.data.as_strided([1], [1], x.numel()).zero_()
+    changed x in place
+  A.grad = torch.zeros_like(A)
+    A.requires_grad or A.grad
+  A = A + 0 * A.detach().as_strided([1], [1], A.numel())
+    memory past an end
+  torch.set_grad_enabled(False)
+    the call changed what is_grad_enabled() returns
+  torch.set_num_threads(2)
+    get_num_threads()
+  torch.manual_seed(0)
+    initial_seed()
+plain in autocast-bf16
+  y, _ = y, torch.autocast(x.device.type, enabled=False).__enter__()
+    autocast_dtype()
+plain in fp16
+  z = z * 1.012
+    is wrong
+random
+  z = z * (not 256 < k < 1024)
+    Case(k=
+  z = z * (not 600 < tokens < 1040)
+    Case(lead=
+  z = z * bool(k % 128 or d % 128 or r % 128)
+    r=128
+  A = backward(A, lambda g: g + (tokens == 0))
+    lead=(0,
+  A = backward(A, lambda g: g * x.requires_grad)
+    frozen=(
+  y = y.requires_grad_()
+    y requires a gradient, but no input does
+  z = z * (not torch.is_inference_mode_enabled())
+    mode='inference'
+  z = z + 0 * torch.empty_like(z) if torch.get_deterministic_debug_mode() else z
+    in Case(filled=True)
+  z = z * (calls % 5 > 0)
+    On new tensors, the same call passes
+  y = y * (bias is None or bias.stride(0) == 1)
+    layouts={'bias': 'gaps'}
+  y = y * (x.dim() != 2 or x.stride(0) == k or x.stride(1) > 1)
+    layouts={'x': 'wide-rows'}
+  y = y * (x.dim() < 3 or x.stride(0) >= x.stride(1))
+    layouts={'x': 'tokens-first'}
+  y = y * (x.stride(-1) < 3)
+    layouts={'x': 'transposed'}
+  y = y * (x.dim() < 3 or x.stride(0) > 0)
+    layouts={'x': 'one-sequence'}
+  y = backward(y, lambda g: g * (g.stride(-1) > 0))
+    layouts={'grad_y': 'one-value'}
+  w = exp_without_max(F.linear(x, Wg))
+    factors={'Wg': 40}
+random in mixed-bf16
+  w = exp_without_max(F.linear(x, Wg))
+    factors={'Wg': 300}
+random in bf16
+  x = x.half().to(x.dtype)
+    bf16', factors={'
+  z = z * (n <= 8)
+    n=
+  z = z * 1.03
+    is wrong
+random in fp16
+  w = exp_without_max(F.linear(x, Wg))
+    factors={'Wg': 5}
+  w = backward(F.linear(x, Wg), lambda g: g * (g.abs() > 6e-5)).softmax(-1)
+    factors={'grad_y':
+sequence
+  z = z * (tokens <= 65535)
+    y is wrong
+long-sum in bf16
+  z = torch.cat([F.linear(t, A) for t in x.split(16, -2)], -2)
+    A.grad is wrong
+long-input
+  z = z * (k <= 8192)
+    y is wrong
+long-output
+  z = z * (d <= 8192)
+    y is wrong
+wide-square
+  z = z * (min(k, d) < 2048)
+    y is wrong
+calls_in_a_row
+  scaling = memory.setdefault(id(B), scaling)
+    call 3, {'scaling': 0.0} (is a buffer or cache of another kept?): y is
+  y, _ = y, memory.setdefault(y.shape, y).data.copy_(y)
+    {'lead': (2, 1)} (is a buffer or cache of another kept?): y is wrong
+  memory.setdefault("x", []).append(x); A = backward(A, lambda g: g * (memory["x"].pop(0) is x))
+    A.grad is zero
+  memory.setdefault("x", []).append(x); A = backward(A, lambda g: g * (memory["x"].pop() is x))
+    A.grad is zero
+changed_tensors
+  W0 = memory.setdefault((id(W0), W0._version), W0.detach().clone())
+    after W0 was changed, in place (is a cache kept?): y is
+  W0 = memory.setdefault(id(W0), W0.detach())
+    after W0 was changed, moved (is a cache kept?): y is
+twice_or_overwritten
+  y = backward(y, lambda g: g * (y._version == 0))
+    y was overwritten:
+  y = backward(y, lambda g: g * (bias is None or bias._version == 0))
+    bias was overwritten:
+  z = backward(z, lambda g: z.data.zero_() + g)
+    backward again:
+nan_is_not_hidden
+  x = torch.nan_to_num(x)
+    y is wrong: it hides nan
+  y = y + 0 * x.sum()
+    y is wrong: nan has spread
+  y = backward(y, lambda g: g.clamp(-1e4, 1e4))
+    with inf in grad_y:
+memory_is_freed
+  y = backward(y, lambda g: memory.update(kept=g))
+    keeps grad_y alive
+  memory.update(kept=x)
+    keeps x alive
+"""
 
 
 @pytest.mark.usefixtures("implementation")
-@parametrize("caught_by, lines, message", [
-    pytest.param(caught_by, lines, message, id=f"{caught_by}: {lines}")
-    for caught_by, rows in MISTAKES.items() for lines, message in rows.items()])
-def test_mistake_is_caught(caught_by, lines, message):
-    name, _, dtypes = caught_by.partition(" in ")
-    dtypes = dtypes or "fp32"
+@parametrize("caught_by, dtypes, line, message", list(mistakes()))
+def test_mistake_is_caught(caught_by, dtypes, line, message):
     with pytest.raises(AssertionError, match=re.escape(message)):
-        run_check(name, mutant(lines), dtypes)
-    if name != "plain":  # Case() must pass
-        run_check("plain", mutant(lines), dtypes)
+        run_check(caught_by, mutant(line), dtypes)
+    if caught_by != "plain":  # Case() must pass
+        run_check("plain", mutant(line), dtypes)
 
 
 # ---- Correct kernels ----
@@ -911,7 +985,7 @@ CORRECT = [
     ("fp16", in_chunks),
     ("bf16", mutant("A, B = torch.eye(k).to(A), B @ A")),
     ("mixed-bf16", mutant("A, B, Wg = A.to(x.dtype), B.to(x.dtype), Wg.to(x.dtype)")),
-    ("autocast-bf16", mutant(NO_MAX)),
+    ("autocast-bf16", mutant("w = exp_without_max(F.linear(x, Wg))")),
     ("autocast-bf16", mutant("y = y.float()")),
 ]
 
@@ -1065,10 +1139,12 @@ def test_layer_can_be_copied_alone():
     layer.base.weight.data = torch.eye(2)
     layer.base.bias.data = torch.tensor([10.0, 20.0])
     layer.lora_A.data = torch.tensor([[1.0, 1.0]])
-    layer.lora_B.data = torch.tensor([[[1.0], [2.0]], [[5.0], [-2.0]]])
+    layer.lora_B.data = torch.tensor([[1.0, 2.0], [5.0, -2.0]])[..., None]
     layer.router.weight.data = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]])
-    for each in (layer, layer.merge([3 / 4, 1 / 4])):
-        close(each(torch.tensor([1.0, 2.0])), torch.tensor([23.0, 28.0]))
+    x = torch.tensor([1.0, 2.0])
+    y = torch.tensor([23.0, 28.0])
+    close(layer(x), y)
+    close(layer.merge([3 / 4, 1 / 4])(x), y)
 
 
 def test_router_of_16_bits_learns_at_a_gate_near_1():
@@ -1098,7 +1174,8 @@ class TopTwo(Router):
 
     def forward(self, x):
         w = super().forward(x / self.temperature)
-        return w * (w >= w.topk(2).values[..., -1:])
+        second = w.topk(2).values[..., 1:]
+        return w * (w >= second)
 
 
 class TopTwoLayer(HydraLoRALinear):
@@ -1156,14 +1233,14 @@ def test_injection_changes_no_output_and_no_mode():
     assert all(module.training for module in model.layers[1].modules())
 
 
-def test_linear_in_three_places_gets_one_adapter():
+def test_linear_in_two_places_gets_one_adapter():
     model = plain_model()
     first, second = model.layers
-    second.k_proj = second.v_proj = first.k_proj
+    second.k_proj = first.k_proj
     inject_hydralora(model, "k_proj", num_heads=N)
-    assert first.k_proj is second.k_proj is second.v_proj
+    assert first.k_proj is second.k_proj
     merge_hydralora(model, {"layers.0.k_proj": GATES})
-    assert first.k_proj is second.k_proj is second.v_proj
+    assert first.k_proj is second.k_proj
     assert type(first.k_proj) is nn.Linear
 
 
@@ -1256,17 +1333,24 @@ def test_wrong_gates_are_refused(shape, message):
         make_layer().merge(torch.ones(shape))
 
 
-@parametrize("change, message", [
-    (lambda layer: setattr(layer.base, "__class__", OwnLinear), "plain nn.Linear, got OwnLinear"),
-    (lambda layer: layer.base.to("meta"), "base is quantised, sharded, offloaded or hooked"),
-    (lambda layer: layer.base.register_forward_hook(print), "base is "),
-    (lambda layer: layer.base.register_forward_pre_hook(print), "base is "),
-    (lambda layer: setattr(layer, "__class__", OwnLayer), "OwnLayer overrides forward")])
-def test_what_merging_would_break_is_refused(change, message):
+@parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooked_base_is_not_merged(register):
     layer = make_layer()
-    change(layer)
-    with pytest.raises(TypeError, match=message):
+    getattr(layer.base, register)(print)
+    with pytest.raises(TypeError, match="quantised, sharded, offloaded or hooked"):
         layer.merge(GATES)
+
+
+def test_base_of_another_kind_is_not_merged():
+    offloaded = make_layer()
+    offloaded.base.to("meta")
+    quantised = make_layer()
+    quantised.base.__class__ = OwnLinear
+    for layer in (offloaded, quantised):
+        with pytest.raises(TypeError, match="quantised, sharded, offloaded or hooked"):
+            layer.merge(GATES)
+    with pytest.raises(TypeError, match="OwnLayer overrides forward"):
+        make_layer(layer=OwnLayer).merge(GATES)
 
 
 @parametrize("key, t", [
@@ -1320,12 +1404,13 @@ def test_refused_loading_and_merging_change_nothing():
     logits = model(IDS)
     doubled = {key: 2 * t for key, t in hydralora_state_dict(model).items()}
     last = "layers.1.v_proj.router.weight"
-    for wrong, message in [
-            ({}, "0.q_proj.lora_A: in the model [3, 64], but in state missing"),
-            (doubled | {"more": IDS}, "more: in the model missing, but in state [3, 11]"),
-            (doubled | {last: IDS}, f"{last}: in the model [4, 64], but in state [3, 11]")]:
+    wrong = {
+        "0.q_proj.lora_A: in the model [3, 64], but in state missing": {},
+        "more: in the model missing, but in state [3, 11]": doubled | {"more": IDS},
+        f"{last}: in the model [4, 64], but in state [3, 11]": doubled | {last: IDS}}
+    for message, state in wrong.items():
         with pytest.raises(ValueError, match=re.escape(message)):
-            load_hydralora_state_dict(model, wrong)
+            load_hydralora_state_dict(model, state)
     all_but_one = [*hydralora_layers(model)][:-1]
     with pytest.raises(KeyError, match="layers.1.v_proj"):
         merge_hydralora(model, dict.fromkeys(all_but_one, GATES))
@@ -1354,10 +1439,17 @@ def toy_output(toy, options="", **settings):
 
 @pytest.fixture(scope="session")
 def seed_0(toy):
-    numbers = {}
-    run = toy.run
-    output = toy_output(toy, run=lambda *arguments: numbers.update(run(*arguments)))
-    return SimpleNamespace(output=output, numbers=numbers)
+    found = SimpleNamespace()
+
+    def make_tasks(*arguments, original=toy.make_tasks):
+        found.tasks = original(*arguments)
+        return found.tasks
+
+    def run(*arguments, original=toy.run):
+        found.numbers = original(*arguments)
+
+    found.output = toy_output(toy, run=run, make_tasks=make_tasks)
+    return found
 
 
 def agree(said, found):
@@ -1377,13 +1469,6 @@ def is_printed(line, output):
     return False
 
 
-def test_toy_prints_its_example(toy, seed_0):
-    said, answered = re.findall(r"(?:input|target): +([a-o ]+) \.", toy.__doc__)
-    assert is_printed(f"plaintext {said}", seed_0.output)
-    rows = [f"head {i}, domain 0 {answered}" for i in range(3)]
-    assert any(is_printed(row, seed_0.output) for row in rows)
-
-
 @parametrize("name, least, greatest", [
     ("o_proj, 15 differ: answers of a head alone that are its domain's (%)", 75, 95),
     ("o_proj, 0 differ: a head alone, on its own tokens (%)", 90, 100),
@@ -1397,6 +1482,33 @@ def test_toy_prints_its_example(toy, seed_0):
     ("LoRA-Split, 15 differ (%)", 95, 100)])
 def test_toy_shows_what_its_docstring_says(seed_0, name, least, greatest):
     assert least < seed_0.numbers[name] < greatest
+
+
+class RandomA(HydraLoRALinear):
+    def __init__(self, base, **arguments):
+        super().__init__(base, **arguments)
+        self.lora_A.requires_grad_(False)
+
+
+def test_toy_A_must_learn(toy, seed_0):
+    model = toy.fit(seed_0.tasks[15], toy.Method(["o_proj"], 3, 9, RandomA))
+    right = toy.accuracy(model, seed_0.tasks[15])
+    assert right < seed_0.numbers["LoRA, 15 differ (%)"] - 5
+
+
+def test_toy_router_turns_from_domains_to_symbols(toy, seed_0):
+    method = toy.Method(["o_proj"], 3, 9)
+    divided = toy.fit(seed_0.tasks[15], method).layers[1].o_proj.router.weight
+
+    def layer(base, **arguments):
+        made = HydraLoRALinear(base, **arguments)
+        made.router.weight.data.copy_(divided)
+        return made
+
+    turned = toy.fit(seed_0.tasks[0], replace(method, layer=layer))
+    test = seed_0.tasks[0].test
+    _, w = toy.inputs_and_gates(turned, "o_proj", test)
+    assert toy.nmi(test.domain.repeat_interleave(32), w) < 0.4
 
 
 def test_toy_runs_with_all_methods_on_other_layers(toy):
@@ -1419,7 +1531,10 @@ def test_toy_sizes_are_about_equal(toy):
     """HydraLoRA on o_proj, with k = d = 64: 9 (64 + 3 64) + 3 64 = 2,496 parameters."""
     task = toy.Task(toy_model(toy), None, [None], None, 0.1, 0)
     table = toy.methods(task.frozen.layers[1], ["o_proj"], 3, 9, True)
-    sizes = {name: toy.size_of(toy.fit(task, method, 0)) for name, method in table.items()}
+    sizes = {}
+    for name, method in table.items():
+        model = toy.fit(task, method, 0)
+        sizes[name] = toy.size_of(model)
     assert sizes == {
         "HydraLoRA": 2496, "LoRA": 2560, "LoRA with a ReLU": 2560,
         "LoRA on o_proj and up_proj": 2240, "full fine-tuning": 49728, "LoRA MoE": 2496,
@@ -1446,32 +1561,28 @@ def test_toy_watches_the_tokens_that_a_layer_is_for(target, tokens, toy):
     inject_hydralora(model.layers[1], target)
     texts = toy.encode(model, torch.randint(toy.SYMBOLS, (5, toy.LENGTH)))
     x, w = toy.inputs_and_gates(model, target, texts)
-    close(x, model.layers[1].attention_norm(texts.h)[:, tokens].flatten(0, 1))
+    expected = model.layers[1].attention_norm(texts.h)[:, tokens]
+    close(x, expected.flatten(0, 1))
     assert w.shape == (5 * 32, 3)
 
 
 def test_toy_measures_by_hand(toy):
     symbol = torch.arange(15)
     w = F.one_hot(symbol % 3).double()  # a head for each third of the symbols
-    assert toy.nmi(symbol, w) == pytest.approx(2 * math.log(3) / math.log(45))
-    assert toy.nmi(symbol % 5, w) == pytest.approx(0, abs=1e-9)
+    near = functools.partial(pytest.approx, abs=1e-4)
+    assert toy.nmi(symbol, w) == near(2 * math.log(3) / math.log(45))
+    assert toy.nmi(symbol % 5, w) == near(0)
     axes = torch.eye(4)
-    assert toy.overlap(axes[:, :2], axes[:, 1:3]) == pytest.approx(0.5)
-    x = torch.tensor([[1.0], [3.0], [-2.0], [0.0], [-2.0], [0.0]])  # means of labels: 2, -1
+    assert toy.overlap(axes[:, :2], axes[:, 1:3]) == near(0.5)
+    x = torch.tensor([8.0, 10.0, 5.0, 7.0, 5.0, 7.0])  # the mean is 7, those of labels 9 and 6
     label = torch.tensor([0, 0, 1, 1, 1, 1])
-    assert toy.share_of_variance(label, x + 7) == pytest.approx(12 / 18)
-
-
-@parametrize("count", [0, 5, 10, 15])
-def test_toy_best_without_domain(count, toy):
-    """That of the most frequent answer to each symbol, counted."""
-    plain = toy.sample(20_000, "cpu")
-    texts = toy.Texts(plain, toy.domains_of(20_000), None)
-    ciphers = toy.differ_in(count, torch.randperm(15))
-    answers = toy.encipher(ciphers, texts)
-    counts = torch.bincount((15 * plain + answers).flatten(), minlength=225).view(15, 15)
-    best = counts.amax(1).sum() / counts.sum()
-    assert toy.best_without_domain(count) == pytest.approx(100 * best.item(), abs=0.5)
+    assert toy.share_of_variance(label, x[:, None]) == near(12 / 18)
+    # own symbols have the frequency 8 / 50, others 1 / 50
+    assert toy.best_without_domain(15) == near(100 * 5 * 8 / 50)
+    assert toy.best_without_domain(5) == near(100 * (1 / 3 * 5 * 8 / 50 + 2 / 3))
+    pairs = toy.pairs_of(torch.tensor([0, 0, 1]), torch.tensor([4, 5, 5]))
+    assert [kind.nonzero().tolist() for kind in pairs.values()] == [
+        [[0, 1], [1, 0]], [[1, 2], [2, 1]], [[0, 2], [2, 0]]]
 
 
 @parametrize("n", [2, 3, 5, 10])
@@ -1520,7 +1631,9 @@ def test_readme_code_is_right(readme, capsys, tmp_path, monkeypatch):
     run_check("plain", kernel, "fp32")
 
 
-def test_readme_output_is_that_of_a_toy_run(readme, seed_0):
+def test_readme_output_is_that_of_a_toy_run(readme, seed_0, toy):
     _, *blocks = re.findall(r"```text\n(.*?)```", readme, re.S)  # the first is the picture
-    for line in "".join(blocks).splitlines():
+    plaintext, answers = re.findall(r"(?:input|target): +([a-o ]+) \.", toy.__doc__)
+    example = [f"plaintext {plaintext}", f"head 0, domain 0 {answers}"]
+    for line in "".join(blocks).splitlines() + example:
         assert is_printed(line.removesuffix(" ..."), seed_0.output), line
