@@ -64,7 +64,7 @@ class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
 class HydraLoRALinear(nn.Module):
     """A frozen nn.Linear, base (d, k), with a HydraLoRA update: x (..., k) -> y (..., d).
 
-    num_heads: N. r: the rank. lora_alpha: scaling = lora_alpha / r.
+    num_heads: N [8]. r: the rank. lora_alpha: scaling = lora_alpha / r.
 
     Example: with W0 the identity, bias (10, 20), A = (1, 1), B_1 = (1, 2), B_2 = (5, -2),
     Wg = ((ln 3, 0), (0, 0)) and scaling 2:
@@ -118,10 +118,11 @@ class HydraLoRALinear(nn.Module):
     def __getattr__(self, name):
         try:
             return super().__getattr__(name)
-        except AttributeError as error:
-            if name == "bias":
-                error = "call the layer: its weight and bias alone miss the update"
-            raise AttributeError(error) from None
+        except AttributeError:
+            if name != "bias":
+                raise
+            message = "call the layer: its weight and bias alone miss the update"
+            raise AttributeError(message) from None
 
     @torch.no_grad()
     def merge(self, gates):
@@ -150,31 +151,34 @@ class HydraLoRALinear(nn.Module):
 
 
 # ---- Why it works ----
-# The toy is train_toy.py on o_proj, with 15 symbols that differ; means of README's 20 seeds.
+# The toy is train_toy.py. Its tokens have a domain and a symbol, and the right answers to
+# 15 symbols (if not said: "differ") depend on both. Numbers are means of README's 20 seeds.
 #
 # Why a router, and not a larger rank?
 # A LoRA's update, B A x, is linear in x at any rank. If x is the sum of a part for the
-# domain and a part for the word, so is the update, which then cannot treat a word
+# domain and a part for the symbol, so is the update, which then cannot treat a symbol
 # differently in two domains. Nor can HydraLoRA with one w for all tokens, because Eq. 3
 # is then a LoRA with B = sum_i w_i B_i. A router makes w depend on x, so tokens of
-# different domains get different matrices. In the toy, 97% is right with a trained router,
-# and 81% with a random one, as with a LoRA. Before a non-linearity, which can combine the
-# two parts, a LoRA may be enough, as on up_proj.
+# different domains get different matrices. But the router must learn: in the toy, 97% of
+# the answers are right, with a random router 81%, with a LoRA 81%. Before a non-linearity,
+# which can combine the two parts, a LoRA may be enough, as on up_proj.
 #
-# In the paper's Fig. 6, equal gates ("w/o gate") are no better than "w/o MoE": 42.81 and
-# 43.22 on MMLU. The latter is Table 2's LoRA (r = 8), and "w/o Hydra" its LoRA-Split.
+# So equal gates should be no better than a LoRA. In the paper's Fig. 6, they are not: "w/o
+# gate" has 42.81 and "w/o MoE" 43.22 on MMLU. The latter is Table 2's LoRA with r = 8, and
+# "w/o Hydra" is its LoRA-Split.
 #
 # Why is A shared, and not B?
 # In the paper, LoRAs of different tasks have A's that "tend to converge" and B's that
 # are "distinguishable" (Observation II). But LoRAs of random parts of one task do, too
 # (Fig. 9a), so this does not show that tasks can share an A. The paper's cause is "the
-# different initialization methods" (Sec. 4.2, RQ3). In the toy, two domains' A's start
-# alike. After 10 steps, they overlap by 0.68, the B's by 0.23, at the end by 0.46 and 0.49.
+# different initialization methods" (Sec. 4.2, RQ3). In the toy, A's of two domains have
+# one start. After 10 steps, they overlap by 0.68, and the B's by 0.23. At the end, it is
+# 0.46 and 0.49, and 0.47 by chance. So what the A's have in common is their start.
 #
 # The other argument for one A is size. N LoRAs have N r (k + d) parameters, but one A
-# with N heads has r (k + N d). In the toy, N LoRAs with a router are 1.6 points behind at
-# equal size. So is one B with N A's (1.5), which saves as much if k = d. But A must learn:
-# with an A that keeps its random start, HydraLoRA is behind LoRA.
+# with N heads has r (k + N d). In the toy, at equal size, HydraLoRA is ahead of N LoRAs
+# with a router by 1.6 points, and of one B with N A's, which saves as much if k = d, by
+# 1.5. But A must learn: with a random A, HydraLoRA is behind LoRA.
 #
 # Why do the heads differ?
 # For one token, let g = dL/dy, let l = Wg^T x be the logits, so that w = softmax(l),
@@ -195,18 +199,20 @@ class HydraLoRALinear(nn.Module):
 # A step of SGD on a token x changes the logits of a token x' by -lr (x . x') dL/dl. The
 # factor x . x' is large if the tokens are similar. The factor dL/dl says which heads x
 # needs; what the heads have in common cancels in it. So tokens come to prefer the same
-# head if they are similar and need the same. Of 100 pairs of tokens in the toy, so many
+# head if they are similar and need the same. Percentage of pairs of tokens in the toy that
 # have their largest gates at the same head:
 #
-#     symbols that differ, steps    0, 20   0, 300   15, 20   15, 300
-#     same domain, other symbol        84       35       89        95
-#     same symbol, other domain        14       85       12         4
-#     neither                          11       29       10         3
+#     symbols that differ             0              15
+#     after steps                  20    300      20    300
+#     same domain, other symbol    84     35      89     95
+#     same symbol, other domain    14     85      12      4
+#     neither                      11     29      10      3
 #
 # The domain explains half of x's variance, so tokens of one domain are similar and soon
 # share heads. If domains need different answers, this stays. If not, tokens of one symbol
-# need the same in all domains, so their dL/dl come to agree. They do so even if a frozen
-# router gives each domain a head of its own. A trained router turns to the symbols.
+# need the same in all domains. So their dL/dl come to agree, and heads turn to the symbols.
+# Shared heads are not the cause: a frozen router can give each domain a head of its own,
+# and these dL/dl still agree.
 #
 # Gates alone do not show what a head has learnt. To see it, merge with gate 1 for this
 # head and 0 for the others.
@@ -344,7 +350,7 @@ def record_gates(model):
             model(x)
         merge_hydralora(model, mean_gates(gates))
 
-    With gradients enabled, w keeps its graph. With checkpointing, a backward inside the
+    With gradients enabled, w keeps its graph [9]. With checkpointing, a backward inside the
     context records w again. A model that was compiled and called before records nothing.
     """
     gates, hooks = {}, []
@@ -386,7 +392,8 @@ def merge_hydralora(model, gates):
 def hydralora_state_dict(model):
     """The adapter: NAME.lora_A (r, k), NAME.lora_B (n, d, r), NAME.router.weight (n, k).
 
-    It lacks lora_alpha: save inject_hydralora's arguments, too.
+    It lacks lora_alpha: save inject_hydralora's arguments, too. Raises ValueError if a
+    process holds a part only.
     """
     state = {f"{name}.{key}".removeprefix("."): t
              for name, layer in hydralora_layers(model).items()
@@ -399,7 +406,10 @@ def hydralora_state_dict(model):
 
 
 def load_hydralora_state_dict(model, state):
-    """Copy the adapter into the model, if keys and shapes agree, and return the model."""
+    """Copy the adapter into the model, and return the model.
+
+    Raises ValueError, with the first wrong key, if keys or shapes differ.
+    """
     own = hydralora_state_dict(model)
     for key in own | state:
         here, there = ([*t[key].shape] if key in t else "missing" for t in (own, state))
