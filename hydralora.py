@@ -178,7 +178,7 @@ class HydraLoRALinear(nn.Module):
 # The other argument for one A is size. N LoRAs have N r (k + d) parameters, but one A
 # with N heads has r (k + N d). In the toy, at equal size, HydraLoRA is ahead of N LoRAs
 # with a router by 1.6 points, and of one B with N A's, which saves as much if k = d, by
-# 1.5. But A must learn: with a random A, HydraLoRA is behind LoRA.
+# 1.5. But A must learn: with a random A of rank 9, HydraLoRA is behind LoRA.
 #
 # Why do the heads differ?
 # For one token, let g = dL/dy, let l = Wg^T x be the logits, so that w = softmax(l),
@@ -211,11 +211,11 @@ class HydraLoRALinear(nn.Module):
 # The domain explains half of x's variance, so tokens of one domain are similar and soon
 # share heads. If domains need different answers, this stays. If not, tokens of one symbol
 # need the same in all domains. So their dL/dl come to agree, and heads turn to the symbols.
-# Shared heads are not the cause: a frozen router can give each domain a head of its own,
-# and these dL/dl still agree.
+# Shared heads are not the cause: if a frozen router gives each domain a head of its own,
+# these dL/dl agree, too.
 #
-# Gates alone do not show what a head has learnt. To see it, merge with gate 1 for this
-# head and 0 for the others.
+# Gates alone do not show what a head has learnt: with this frozen router, each head learns
+# the answers of all domains. To see it, merge with gate 1 for one head and 0 for the rest.
 
 
 # ---- Choices ----
