@@ -230,11 +230,13 @@ def draw_sizes(case, rng):
         case.d = draw_size(rng, least, 1100, unit)
         case.r = draw_size(rng, least, 300, unit)
         case.n = draw_size(rng, 1, 16 if "16" in case.dtypes else 33)
-        tokens = draw_size(rng, 1, 1100)
+        tokens = draw_size(rng, 1, 1100, rng.choice([1, 1, unit]))
         if rng.random() < 0.15:
             case.d = case.k
         if rng.random() < 0.15:
             case.r = case.d
+        if rng.random() < 0.1:
+            case.d = max(least, case.n)
         weights = case.d * (case.k + case.n * case.r)
         cost = weights * max(32, tokens)
     batch = rng.choice([1, 2, 3, 16])
@@ -245,11 +247,12 @@ def draw_sizes(case, rng):
 
 
 def draw_factors(case, rng):
-    factors = [{}, {}, {}, {}, {}, dict(B=0), dict(x=0)]
+    factors = [{}, {}, {}, {}, {}, dict(A=0), dict(B=0), dict(x=0)]
     if "fp16" in case.dtypes:
-        factors += [dict(Wg=5), dict(grad_y=2.0**-10)]  # exp(logit) may be inf; small gradients
+        small = dict(grad_y=2.0**-10)
+        factors += [dict(Wg=5), small, small]  # exp(logit) may be inf
     else:
-        factors += [dict(B=1e-4), LARGE_X]
+        factors += [dict(B=1e-4), dict(B=2.0**17), LARGE_X]
     if "16" not in case.dtypes and case.k >= 8:
         factors += [dict(Wg=40)]  # exp(logit) may be inf, or 0 for all heads
     return rng.choice(factors)
@@ -297,6 +300,7 @@ LARGE = {
     "long-input": dict(lead=(1, 1), k=11056, d=16, r=32),  # 16 times a prime
     "long-output": dict(lead=(1, 1), k=48, d=11056, r=16),
     "wide-square": dict(lead=(1, 3), k=2048, d=2048, r=272, n=3),
+    "many-wide": dict(lead=(1, 1040), k=1040, d=1040, r=272, n=3),
 }
 
 
@@ -932,6 +936,9 @@ long-output
     y is wrong
 wide-square
   z = z * (min(k, d) < 2048)
+    y is wrong
+many-wide
+  z = z * (min(tokens, k, d) <= 1024)
     y is wrong
 calls_in_a_row
   scaling = memory.setdefault(id(B), scaling)
