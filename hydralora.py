@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# SPDX-FileCopyrightText: 2026 the "HydraLoRA in one file" authors
 """HydraLoRA in one file: one shared matrix A, N heads B_i, and a router over the heads.
 
 Tian et al.: "HydraLoRA: An Asymmetric LoRA Architecture for Efficient Fine-Tuning",
@@ -11,12 +10,12 @@ NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are trained.
     (4)  w = softmax(Wg^T x)              the router, for each token
 
     paper  code           shape     what it is
-    x      x              (..., k)  input, any leading axes, such as (b, t)
+    x      x              (..., k)  input, leading axes such as (b, t)
     W0     base.weight    (d, k)    frozen weight, from k features to d
     A      lora_A         (r, k)    shared by all heads; starts random
     A x    z              (..., r)  the input of every head
     B_i    lora_B[i]      (d, r)    a head, the paper's expert E_i; starts at zero
-    N      num_heads                number of heads, written n in shapes
+    N      num_heads                number of heads, n in shapes
     Wg^T   router.weight  (n, k)    as nn.Linear stores a weight
     w      w, gates       (..., n)  one gate per head, for each token; (n,) if fixed
 
@@ -39,7 +38,7 @@ __version__ = "0.18.0"
 # MIT License, (c) 2026 the "HydraLoRA in one file" authors. To copy this section, also
 # import copy, math, torch, torch.nn.functional as F; from torch import nn
 #
-# To adapt a model, freeze it, then put HydraLoRALinear(linear) in the place of linear.
+# Freeze a model, then put HydraLoRALinear(linear) in the place of linear.
 class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
     """Eq. 4: x (..., k) -> gates w (..., n).
 
@@ -99,14 +98,14 @@ class HydraLoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x):
-        y = self.base(x)                                 # (..., d), W0 x + bias
+        y = self.base(x)  # (..., d), W0 x + bias
         x = x.to(self.lora_A.dtype)
-        w = self.router(x)                               # (..., n), Eq. 4 [1]
-        z = F.linear(self.lora_dropout(x), self.lora_A)  # (..., r), A x, one mask for all heads [5]
-        w = w.unflatten(-1, (self.num_heads, 1))         # (..., n, 1), an error if not n gates
-        u = w * (self.scaling * z)[..., None, :]         # (..., n, r)
+        w = self.router(x)  # (..., n), Eq. 4 [1]
+        z = F.linear(self.lora_dropout(x), self.lora_A)  # (..., r), A x, one mask [5]
+        w = w.unflatten(-1, (self.num_heads, 1))  # (..., n, 1), an error if not n gates
+        u = w * (self.scaling * z)[..., None, :]  # (..., n, r)
         delta = torch.einsum("...nr,ndr->...d", u, self.lora_B)  # (..., d), Eq. 3
-        return y + delta.to(y.dtype)                     # (..., d)
+        return y + delta.to(y.dtype)
 
     def extra_repr(self):
         return f"num_heads={self.num_heads}, r={self.r}, scaling={self.scaling:g}"
@@ -151,17 +150,16 @@ class HydraLoRALinear(nn.Module):
 
 
 # ---- Why it works ----
-# The toy is train_toy.py. Its tokens have a domain and a symbol, and the right answers to
-# 15 symbols (if not said: "differ") depend on both. Numbers are means of README's 20 seeds.
+# The toy is train_toy.py. Its tokens have a domain and a symbol. Unless said otherwise, 15
+# symbols differ: their right answers depend on both. Numbers are means of README's 20 seeds.
 #
 # Why a router, and not a larger rank?
 # A LoRA's update, B A x, is linear in x at any rank. If x is the sum of a part for the
 # domain and a part for the symbol, so is the update, which then cannot treat a symbol
 # differently in two domains. Nor can HydraLoRA with one w for all tokens, because Eq. 3
 # is then a LoRA with B = sum_i w_i B_i. A router makes w depend on x, so tokens of
-# different domains get different matrices. But the router must learn: in the toy, 97% of
-# the answers are right, with a random router 81%, with a LoRA 81%. Before a non-linearity,
-# which can combine the two parts, a LoRA may be enough, as on up_proj.
+# different domains get different matrices. But the router must learn: in the toy,
+# HydraLoRA has 97% right answers, with a random router 81%, and LoRA 81%.
 #
 # So equal gates should be no better than a LoRA. In the paper's Fig. 6, they are not: "w/o
 # gate" has 42.81 and "w/o MoE" 43.22 on MMLU. The latter is Table 2's LoRA with r = 8, and
@@ -173,16 +171,16 @@ class HydraLoRALinear(nn.Module):
 # (Fig. 9a), so this does not show that tasks can share an A. The paper's cause is "the
 # different initialization methods" (Sec. 4.2, RQ3). In the toy, A's of two domains have
 # one start. After 10 steps, they overlap by 0.68, and the B's by 0.23. At the end, it is
-# 0.46 and 0.49, and 0.47 by chance. So what the A's have in common is their start.
+# 0.46 and 0.49; by chance, 0.47. So what the A's have in common is their start.
 #
 # The other argument for one A is size. N LoRAs have N r (k + d) parameters, but one A
 # with N heads has r (k + N d). In the toy, at equal size, HydraLoRA is ahead of N LoRAs
-# with a router by 1.6 points, and of one B with N A's, which saves as much if k = d, by
-# 1.5. But A must learn: with a random A of rank 9, HydraLoRA is behind LoRA.
+# with a router by 1.6 points, and of one B with N A's by 1.5. But A must learn: with a
+# random A of rank 9, HydraLoRA is behind LoRA.
 #
 # Why do the heads differ?
-# For one token, let g = dL/dy, let l = Wg^T x be the logits, so that w = softmax(l),
-# and let sum_j w_j B_j A x be the mixture. Then
+# For one token, let g = dL/dy, let l = Wg^T x be the logits, and let sum_j w_j B_j A x be
+# the mixture. Then
 #
 #     dL/dB_i = s w_i g (A x)^T            a token counts for head i in proportion to w_i
 #     dL/dA   = s sum_i w_i B_i^T g x^T    A learns through all heads
@@ -193,14 +191,13 @@ class HydraLoRALinear(nn.Module):
 # At the start, all B_i are 0, so the gradients of A and Wg are 0, and those of the heads
 # differ only by w_i. Without the random start of Wg, the heads would stay equal. Later,
 # a token raises the logits of the heads that lower its loss more than the mixture does.
-# If w_i rises, the token counts more for head i. So a small preference grows.
+# If w_i rises, the token counts more for head i. So small preferences grow.
 #
 # Why do the heads divide the tokens, and by what?
 # A step of SGD on a token x changes the logits of a token x' by -lr (x . x') dL/dl. The
 # factor x . x' is large if the tokens are similar. The factor dL/dl says which heads x
-# needs; what the heads have in common cancels in it. So tokens come to prefer the same
-# head if they are similar and need the same. Percentage of pairs of tokens in the toy that
-# have their largest gates at the same head:
+# needs. So tokens come to prefer the same head if they are similar and need the same.
+# Percentage of pairs of tokens in the toy that have their largest gates at the same head:
 #
 #     symbols that differ             0              15
 #     after steps                  20    300      20    300
@@ -211,11 +208,9 @@ class HydraLoRALinear(nn.Module):
 # The domain explains half of x's variance, so tokens of one domain are similar and soon
 # share heads. If domains need different answers, this stays. If not, tokens of one symbol
 # need the same in all domains. So their dL/dl come to agree, and heads turn to the symbols.
-# Shared heads are not the cause: if a frozen router gives each domain a head of its own,
-# these dL/dl agree, too.
 #
-# Gates alone do not show what a head has learnt: with this frozen router, each head learns
-# the answers of all domains. To see it, merge with gate 1 for one head and 0 for the rest.
+# Gates alone do not show what a head has learnt. To see it, merge with gate 1 for one head
+# and 0 for the rest.
 
 
 # ---- Choices ----
@@ -232,13 +227,13 @@ class HydraLoRALinear(nn.Module):
 # [5] The router sees x without dropout. All heads share one dropout mask. The official
 #     code draws one for each head.
 # [6] The paper's parameter counts fit q_proj and v_proj, named in Figs. 3 and 9. But the
-#     script adapts gate_proj, up_proj and down_proj, and the authors say that their
-#     runs did, too (issues 6, 7, 26).
+#     script adapts gate_proj, up_proj and down_proj, and the authors say that
+#     their runs did (issues 6, 7, 26).
 # [7] Merging uses one w for all tokens. The paper merges "based on the input" (Sec.
 #     3.2.2), which we read as: for each token.
 # [8] k-means sets only N, as in the official README: choose_num_heads in train_toy.py.
 # [9] There is no balance loss. The official layer's is always 0 (lora.py, L344) since
-#     commit d212d98 (November 2024).
+#     commit d212d98.
 
 
 # ---- A small transformer ----
@@ -282,7 +277,7 @@ class TinyBlock(nn.Module):
 
 
 class TinyTransformer(nn.Module):
-    """A GPT-style decoder to adapt: tokens (b, t) -> logits (b, t, vocab_size)."""
+    """A GPT-style decoder: tokens (b, t) -> logits (b, t, vocab_size)."""
 
     def __init__(self, config):
         super().__init__()
@@ -305,7 +300,7 @@ class TinyTransformer(nn.Module):
 
 # ---- On a model ----
 def hydralora_layers(model):
-    """Dict name -> HydraLoRALinear. Raises an error if there is none."""
+    """Dict name -> HydraLoRALinear. ValueError if there is none."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, HydraLoRALinear)}
     if not layers:
         raise ValueError("model has no HydraLoRA layer")
@@ -327,7 +322,8 @@ def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
     target_modules: one or more names, or their last parts, such as "q_proj" [6]. Inject
     before the model is sharded, or each process trains adapters of its own.
     """
-    bases, adapted = [], {m.base for m in model.modules() if isinstance(m, HydraLoRALinear)}
+    bases = []
+    adapted = {m.base for m in model.modules() if isinstance(m, HydraLoRALinear)}
     for target in [target_modules] if isinstance(target_modules, str) else target_modules:
         found = [m for name, m in model.named_modules() if isinstance(m, nn.Linear)
                  and m not in adapted and f".{name}".endswith(f".{target}")]
@@ -353,7 +349,8 @@ def record_gates(model):
     With gradients enabled, w keeps its graph [9]. With checkpointing, a backward inside the
     context records w again. A model that was compiled and called before records nothing.
     """
-    gates, hooks = {}, []
+    gates = {}
+    hooks = []
     for name, layer in hydralora_layers(model).items():
         ws = gates[name] = []
         hooks.append(layer.router.register_forward_hook(lambda router, x, w, ws=ws: ws.append(w)))
@@ -392,7 +389,7 @@ def merge_hydralora(model, gates):
 def hydralora_state_dict(model):
     """The adapter: NAME.lora_A (r, k), NAME.lora_B (n, d, r), NAME.router.weight (n, k).
 
-    It lacks lora_alpha: save inject_hydralora's arguments, too. Raises ValueError if a
+    It lacks lora_alpha: save all arguments, too. Raises ValueError if a
     process holds a part only.
     """
     state = {f"{name}.{key}".removeprefix("."): t
