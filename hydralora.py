@@ -10,7 +10,7 @@ NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are trained.
     (4)  w = softmax(Wg^T x)              the router, for each token
 
     paper  code           shape     what it is
-    x      x              (..., k)  input, leading axes such as (b, t)
+    x      x              (..., k)  input, such as (b, t, k)
     W0     base.weight    (d, k)    frozen weight, from k features to d
     A      lora_A         (r, k)    shared by all heads; starts random
     A x    z              (..., r)  the input of every head
@@ -19,8 +19,7 @@ NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are trained.
     Wg^T   router.weight  (n, k)    as nn.Linear stores a weight
     w      w, gates       (..., n)  one gate per head, for each token; (n,) if fixed
 
-The code scales the update by s = scaling. [1] to [9] refer to "Choices". The official
-code calls the parameters lora_A.weight, lora_B0.weight, ... and lora_route.weight.
+The code scales the update by s = scaling. [1] to [9] refer to "Choices".
 """
 import copy
 import math
@@ -66,10 +65,10 @@ class HydraLoRALinear(nn.Module):
     num_heads: N [8]. r: the rank. lora_alpha: scaling = lora_alpha / r.
 
     Example: with W0 the identity, bias (10, 20), A = (1, 1), B_1 = (1, 2), B_2 = (5, -2),
-    Wg = ((ln 3, 0), (0, 0)) and scaling 2:
+    Wg = ((0, ln 3), (0, 0)) and scaling 2:
 
-        x = (1, 2):  W0 x + bias = (11, 22),  A x = 3,  w = softmax(ln 3, 0) = (3/4, 1/4)
-        y = (11, 22) + 2 (3/4 (3, 6) + 1/4 (15, -6)) = (23, 28)
+        x = (1, 2):  W0 x + bias = (11, 22),  A x = 3,  w = softmax(0, ln 3) = (1/4, 3/4)
+        y = (11, 22) + 2 (1/4 (3, 6) + 3/4 (15, -6)) = (35, 16)
     """
     router_class = Router  # or a subclass
 
@@ -112,7 +111,7 @@ class HydraLoRALinear(nn.Module):
 
     # nn.MultiheadAttention, Mamba and WavLM read a layer's weight and bias and do not call it.
     # They would miss the update, so weight is empty and bias is an error.
-    weight = property(lambda self: torch.empty(0).to(self.base.weight))  # T5 reads its dtype
+    weight = property(lambda self: torch.empty(0, 0).to(self.base.weight))  # T5 reads its dtype
 
     def __getattr__(self, name):
         try:
@@ -133,8 +132,9 @@ class HydraLoRALinear(nn.Module):
         if type(self).forward is not HydraLoRALinear.forward:
             raise TypeError(f"{type(self).__name__} overrides forward, but not merge")
         base = self.base
-        plain = type(base).forward is nn.Linear.forward and type(base.weight) is nn.Parameter
-        if not plain or base.weight.is_meta or base._forward_hooks or base._forward_pre_hooks:
+        own = getattr(base.forward, "__func__", None) is not nn.Linear.forward  # as by accelerate
+        hooked = base._forward_hooks or base._forward_pre_hooks
+        if own or hooked or type(base.weight) is not nn.Parameter or base.weight.is_meta:
             raise TypeError("base is quantised, sharded, offloaded or hooked: expected a plain "
                             f"nn.Linear, got {type(base).__name__}")
         dtype = torch.promote_types(self.lora_B.dtype, torch.float32)
@@ -159,24 +159,23 @@ class HydraLoRALinear(nn.Module):
 # differently in two domains. Nor can HydraLoRA with one w for all tokens, because Eq. 3
 # is then a LoRA with B = sum_i w_i B_i. A router makes w depend on x, so tokens of
 # different domains get different matrices. But the router must learn: in the toy,
-# HydraLoRA has 97% right answers, with a random router 81%, and LoRA 81%.
+# HydraLoRA has 97% right answers, with a frozen random router 81%, and LoRA 81%.
 #
-# So equal gates should be no better than a LoRA. In the paper's Fig. 6, they are not: "w/o
-# gate" has 42.81 and "w/o MoE" 43.22 on MMLU. The latter is Table 2's LoRA with r = 8, and
-# "w/o Hydra" is its LoRA-Split.
+# So equal gates should be no better than a LoRA. In the paper's Fig. 6, on MMLU, "w/o gate"
+# has 42.81, and "w/o MoE" 43.22, which is Table 2's LoRA with r = 8.
 #
 # Why is A shared, and not B?
 # In the paper, LoRAs of different tasks have A's that "tend to converge" and B's that
 # are "distinguishable" (Observation II). But LoRAs of random parts of one task do, too
-# (Fig. 9a), so this does not show that tasks can share an A. The paper's cause is "the
+# (Fig. 9a), so this is no proof that tasks can share an A. The paper's cause is "the
 # different initialization methods" (Sec. 4.2, RQ3). In the toy, A's of two domains have
-# one start. After 10 steps, they overlap by 0.68, and the B's by 0.23. At the end, it is
-# 0.46 and 0.49; by chance, 0.47. So what the A's have in common is their start.
+# one start. After 10 steps, their spaces overlap by 0.68, and those of B's by 0.23. At the
+# end, it is 0.46 and 0.49; by chance, 0.47. So what these A's share is their start.
 #
 # The other argument for one A is size. N LoRAs have N r (k + d) parameters, but one A
 # with N heads has r (k + N d). In the toy, at equal size, HydraLoRA is ahead of N LoRAs
-# with a router by 1.6 points, and of one B with N A's by 1.5. But A must learn: with a
-# random A of rank 9, HydraLoRA is behind LoRA.
+# with a router by 1.6 points, and of one B with N A's by 1.5. But A must learn: with
+# A frozen at its start, HydraLoRA is behind LoRA.
 #
 # Why do the heads differ?
 # For one token, let g = dL/dy, let l = Wg^T x be the logits, and let sum_j w_j B_j A x be
@@ -194,10 +193,10 @@ class HydraLoRALinear(nn.Module):
 # If w_i rises, the token counts more for head i. So small preferences grow.
 #
 # Why do the heads divide the tokens, and by what?
-# A step of SGD on a token x changes the logits of a token x' by -lr (x . x') dL/dl. The
+# A step of SGD on Wg, for x, changes the logits of a token x' by -lr (x . x') dL/dl. The
 # factor x . x' is large if the tokens are similar. The factor dL/dl says which heads x
 # needs. So tokens come to prefer the same head if they are similar and need the same.
-# Percentage of pairs of tokens in the toy that have their largest gates at the same head:
+# Pairs of tokens in the toy (%) that have their largest gates at the same head:
 #
 #     symbols that differ             0              15
 #     after steps                  20    300      20    300
@@ -205,11 +204,12 @@ class HydraLoRALinear(nn.Module):
 #     same symbol, other domain    14     85      12      4
 #     neither                      11     29      10      3
 #
-# The domain explains half of x's variance, so tokens of one domain are similar and soon
-# share heads. If domains need different answers, this stays. If not, tokens of one symbol
-# need the same in all domains. So their dL/dl come to agree, and heads turn to the symbols.
+# The domain explains 0.50 of x's variance, in 2 directions; the symbol 0.42, in 14. Steps
+# change the gates most along the directions of most variance, so domains come first. If
+# they need different answers, this stays. If not, tokens of one symbol need the same in all
+# domains. So their dL/dl come to agree, and heads turn to the symbols.
 #
-# Gates alone do not show what a head has learnt. To see it, merge with gate 1 for one head
+# Gates alone do not show what a head has learnt. To see it, merge with gate 1 for this head
 # and 0 for the rest.
 
 
@@ -226,9 +226,8 @@ class HydraLoRALinear(nn.Module):
 # [4] The update is scaled by lora_alpha / r, as in LoRA; in the script, by 32 / 4.
 # [5] The router sees x without dropout. All heads share one dropout mask. The official
 #     code draws one for each head.
-# [6] The paper's parameter counts fit q_proj and v_proj, named in Figs. 3 and 9. But the
-#     script adapts gate_proj, up_proj and down_proj, and the authors say that
-#     their runs did (issues 6, 7, 26).
+# [6] The paper's parameter counts fit q_proj and v_proj (Figs. 3, 9). But the
+#     script adapts gate_proj, up_proj and down_proj, as did the authors (issues 6, 7, 26).
 # [7] Merging uses one w for all tokens. The paper merges "based on the input" (Sec.
 #     3.2.2), which we read as: for each token.
 # [8] k-means sets only N, as in the official README: choose_num_heads in train_toy.py.
@@ -300,7 +299,7 @@ class TinyTransformer(nn.Module):
 
 # ---- On a model ----
 def hydralora_layers(model):
-    """Dict name -> HydraLoRALinear. ValueError if there is none."""
+    """Dict name -> HydraLoRALinear. ValueError if none."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, HydraLoRALinear)}
     if not layers:
         raise ValueError("model has no HydraLoRA layer")
@@ -320,7 +319,8 @@ def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
     """Wrap the nn.Linear layers that match, freeze the rest, and return the model.
 
     target_modules: one or more names, or their last parts, such as "q_proj" [6]. Inject
-    before the model is sharded, or each process trains adapters of its own.
+    before the model is sharded, or each process trains adapters of its own, and before the
+    optimizer is made, or it trains nothing.
     """
     bases = []
     adapted = {m.base for m in model.modules() if isinstance(m, HydraLoRALinear)}
@@ -389,8 +389,7 @@ def merge_hydralora(model, gates):
 def hydralora_state_dict(model):
     """The adapter: NAME.lora_A (r, k), NAME.lora_B (n, d, r), NAME.router.weight (n, k).
 
-    It lacks lora_alpha: save all arguments, too. Raises ValueError if a
-    process holds a part only.
+    It lacks lora_alpha: save all arguments. Raises ValueError if a process holds a part.
     """
     state = {f"{name}.{key}".removeprefix("."): t
              for name, layer in hydralora_layers(model).items()
@@ -402,6 +401,7 @@ def hydralora_state_dict(model):
     return state
 
 
+@torch.no_grad()
 def load_hydralora_state_dict(model, state):
     """Copy the adapter into the model, and return the model.
 
@@ -412,5 +412,6 @@ def load_hydralora_state_dict(model, state):
         here, there = ([*t[key].shape] if key in t else "missing" for t in (own, state))
         if here != there:
             raise ValueError(f"{key}: in the model {here}, but in state {there}")
-    model.load_state_dict(state, strict=False)
+    for key, t in own.items():
+        t.copy_(state[key])
     return model

@@ -16,8 +16,9 @@ Without HYDRALORA_IMPL, they test this project's layer. HYDRALORA_DEVICE is by d
 if available.
 
 A complete kernel takes any strides, any n, and any number of tokens, including none. It may
-return no gradients of W0 and bias, since the base may be frozen. Under autocast, y may
-have autocast's dtype or float32. A kernel that computes in TF32 fails the fp32 tests. The
+return no gradients of W0 and bias, since the base may be frozen. In mixed dtypes, x, W0, bias
+and y have 16 bits, but A, B and Wg are float32. Under autocast, y may have autocast's dtype
+or float32. A kernel that computes in TF32 fails the fp32 tests. The
 values of weights may change between calls, so a kernel must not keep what it computes from
 them.
 
@@ -243,7 +244,7 @@ def draw_sizes(case, rng):
     each = math.ceil(tokens / batch)
     usual = (batch, each)
     case.lead = rng.choice([usual, usual, usual, (), (tokens,), (each, batch),
-                            (1, batch, each), (batch, 1, each), (0, tokens)])
+                            (batch, 2, math.ceil(each / 2)), (batch, 1, each), (0, tokens)])
 
 
 def draw_factors(case, rng):
@@ -282,7 +283,7 @@ def draw_cases(dtypes):
     for seed in range(130 if dtypes == "fp32" else 40):
         cases.append(random_case(dtypes, seed))
     if dtypes == "fp32":
-        cases.append(Case(n=260))
+        cases += [Case(r=1), Case(n=260)]  # which are hardly drawn
     if "mixed" in dtypes:  # exp(logit) is inf, but the only gate is 1
         cases.append(Case(dtypes, n=1, factors=dict(Wg=300)))
     return cases
@@ -417,7 +418,9 @@ def autocast_dtype():
 SETTINGS = {  # what reads a global setting -> what puts it back
     autocast_dtype: lambda dtype: None,  # the end of Call's context does
     torch.is_grad_enabled: torch.set_grad_enabled,
+    torch.get_default_dtype: torch.set_default_dtype,
     torch.get_num_threads: torch.set_num_threads,
+    torch.get_deterministic_debug_mode: torch.set_deterministic_debug_mode,
     torch.get_float32_matmul_precision: torch.set_float32_matmul_precision,
     torch.initial_seed: torch.default_generator.manual_seed,
 }
@@ -719,7 +722,7 @@ def failure(kernel, case):
 
 def simpler(case):
     """Yields cases with one difference fewer from Case()."""
-    usual = vars(Case(case.dtypes))
+    usual = vars(Case())
     for name, value in vars(case).items():
         if isinstance(value, dict):
             for left_out in value:
@@ -750,21 +753,23 @@ def simplest(kernel, case, message):
     return case, message
 
 
-EASIER = [dict(lead=()), dict(lead=(5,)), dict(n=1), dict(r=1), dict(bias=False),
-          dict(scaling=1.0), dict(factors=dict(B=0))]
+EASIER = [dict(lead=()), dict(lead=(5,)), dict(n=1), dict(r=1), dict(k=16, d=16, r=16),
+          dict(bias=False), dict(scaling=1.0)]
 
 
 def explain(kernel, case, message):
-    """Returns the message of the simplest case, and with which change it passes."""
+    """Returns the message of the simplest case, and with which changes it passes."""
     if not failure(kernel, case):
         return f"{message}\n{LEFT_BEHIND}"
     case, message = simplest(kernel, case, message)
     passes = []
-    fails = []
-    for change in EASIER:
-        results = fails if failure(kernel, replace(case, **change)) else passes
-        results += keywords(change)
-    return f"{message}\nIt passes with: {'; '.join(passes) or 'none'}; not with: {'; '.join(fails)}"
+    for change in [*EASIER, dict(factors=case.factors | dict(B=0))]:
+        easier = replace(case, **change)
+        if easier != case and not failure(kernel, easier):
+            passes.append(", ".join(keywords(change)))
+    if passes:
+        message += f"\nIt passes with: {'; '.join(passes)}"
+    return message
 
 
 # ==== 3. Does the oracle notice? ====
@@ -845,7 +850,7 @@ def mistakes():
 MISTAKES = """\
 plain
   w = F.linear(x, Wg).softmax(0)
-    It passes with: lead=(); not with: lead=(5,)
+    It passes with: lead=()
   w = backward(w, lambda g: g / scaling)
     It is 0.571 times the correct one
   x = backward(x, lambda g: 1.01 * g)
@@ -911,7 +916,7 @@ random in mixed-bf16
   w = exp_without_max(F.linear(x, Wg))
     factors={'Wg': 300}
 random in bf16
-  x = x.half().to(x.dtype)
+  x = x.half().to(x.dtype) if x.dtype == bf16 else x
     bf16', factors={'
   z = z * (n <= 8)
     n=
@@ -1151,11 +1156,11 @@ def test_layer_can_be_copied_alone():
     layer.base.bias.data = torch.tensor([10.0, 20.0])
     layer.lora_A.data = torch.tensor([[1.0, 1.0]])
     layer.lora_B.data = torch.tensor([[1.0, 2.0], [5.0, -2.0]])[..., None]
-    layer.router.weight.data = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]])
+    layer.router.weight.data = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]])
     x = torch.tensor([1.0, 2.0])
-    y = torch.tensor([23.0, 28.0])
+    y = torch.tensor([35.0, 16.0])
     close(layer(x), y)
-    close(layer.merge([3 / 4, 1 / 4])(x), y)
+    close(layer.merge([1 / 4, 3 / 4])(x), y)
 
 
 def test_router_of_16_bits_learns_at_a_gate_near_1():
@@ -1370,7 +1375,8 @@ def test_wrong_gates_are_refused(shape, message):
     lambda base: base.register_forward_pre_hook(print),
     lambda base: base.to("meta"),
     lambda base: setattr(base, "weight", nn.Parameter(Subclass(D, K))),
-    lambda base: setattr(base, "__class__", OwnLinear)])
+    lambda base: setattr(base, "__class__", OwnLinear),
+    lambda base: setattr(base, "forward", print)])
 def test_what_merging_would_break_is_refused(change):
     layer = make_layer()
     change(layer.base)
@@ -1528,7 +1534,7 @@ def test_toy_A_must_learn(toy, seed_0):
 def test_toy_runs_with_all_methods_on_other_layers(toy):
     output = toy_output(
         toy, "--seeds 2 --all --heads 4 --rank 5 --target v_proj down_proj --lr 0.5 --naming 0",
-        DIFFER=(0, 15), STEPS=15, TEST=60, WATCHED=(1, 15))
+        DIFFER=(0, 15), STEPS=5, TEST=60, WATCHED=(2, 5))
     block = TinyTransformer(TinyConfig()).layers[1]
     for name in [*toy.methods(block, ["v_proj"], 4, 5, True), "LoRA-Split"]:
         assert re.search(rf"^ *{name}, 15 differ \(%\)  ", output, re.M)
