@@ -23,8 +23,10 @@ values of weights may change between calls, so a kernel must not keep what it co
 them.
 
 In 16 bits, a kernel may round the result of each step, add up 16 heads, and add up the
-gradients of 20 chunks of tokens. Longer sums must be in float32. These cases find an update
-that is 3% too large in bf16, or 1.2% in fp16. Smaller errors are left to fp32.
+gradients of 20 chunks of tokens. Longer sums must be in float32. A row or column of a result
+may be off by 4% of its norm in bf16, and 0.8% in fp16. An update that is 3% too large in
+bf16, or 1.2% in fp16, is found where W0 x cancels a part of it. Smaller errors are left to
+fp32.
 
 The id of a test, such as test_oracle_results[2-gradients-3d-odd-bias-fp32], says what the
 kernel must support. Leave out what yours does not:
@@ -40,8 +42,8 @@ kernel must support. Leave out what yours does not:
     -k "oracle and not slow and fp32"   for a first verdict, in seconds
 
 If test_oracle_results fails, it names the simplest case that fails in the same way. If that
-case passes in a new process, an earlier call left something behind. To repeat it, or to test
-your own sizes:
+case passes in a new process, an earlier call left something behind. To repeat a case, or to
+test your own sizes (the last takes half a minute, and is silent if the kernel passes):
 
     from test_hydralora import *
     from my_module import my_kernel
@@ -223,7 +225,7 @@ def draw_size(rng, least, most, unit=1):
 
 def draw_sizes(case, rng):
     """Draws k, d, r, n and lead, with few tokens if the weights are large."""
-    least = 8 if "16" in case.dtypes else 1  # the rounding errors of short rows do not average out
+    least = 8 if "16" in case.dtypes else 1  # rounding errors of shorter rows hardly average out
     unit = rng.choice([1, 1, 1, 16, 16, 128])  # kernels work in tiles of such sizes
     cost = math.inf
     while cost > 2**25:
@@ -239,7 +241,7 @@ def draw_sizes(case, rng):
         if rng.random() < 0.1:
             case.d = max(least, case.n)
         weights = case.d * (case.k + case.n * case.r)
-        cost = weights * max(32, tokens)
+        cost = weights * max(32, tokens)  # multiplications
     batch = rng.choice([1, 2, 3, 16])
     each = math.ceil(tokens / batch)
     usual = (batch, each)
@@ -360,12 +362,10 @@ def correct(inputs, case):
 
 
 def least_norms(x, Wg, products):
-    """Errors of x.grad and Wg.grad are relative to these norms, if those of the correct
-    gradients are smaller. products: g u, with g = grad_y and u = sum_i w_i u_i, the update.
-
-    The gradient of logit i is w_i (g . u_i - g . u). If g . u_i and g . u nearly cancel, it is
-    tiny, but a kernel's rounding errors are not. So a least norm is that of gradients of the
-    size of g . u, which is about |g u| if the signs of its terms are random.
+    """The gradient of logit i, w_i (g . u_i - g . u), is a difference (g is grad_y, u_i is head
+    i's part of the update u). It may cancel to almost 0, but its rounding errors do not. So
+    errors of x.grad and Wg.grad are relative at least to the norms that these would have
+    without cancelling, where |g u| stands for g . u. products: g u, (..., d).
     """
     size = products.norm(dim=-1, keepdim=True)  # (..., 1)
     row_of_Wg = Wg.norm() / len(Wg)**0.5
@@ -416,7 +416,7 @@ def autocast_dtype():
 
 
 SETTINGS = {  # what reads a global setting -> what puts it back
-    autocast_dtype: lambda dtype: None,  # the end of Call's context does
+    autocast_dtype: lambda dtype: None,  # it ends with the autocast of Call
     torch.is_grad_enabled: torch.set_grad_enabled,
     torch.get_default_dtype: torch.set_default_dtype,
     torch.get_num_threads: torch.set_num_threads,
@@ -506,6 +506,7 @@ class Call:
         return found
 
     def compare(self, found):
+        __tracebackhide__ = True  # from pytest's report
         right = []
         wrong = {}  # name -> error
         for name in found:
@@ -521,12 +522,14 @@ class Call:
             self.fail(f"{message}\n{names}")
 
     def fail(self, message):
+        __tracebackhide__ = True
         raise AssertionError(f"{self.moment}{message}\nin {self.case}") from None
 
 
 def check(*calls):
     """Runs the backward passes, neither in the order of the calls nor in reverse (a kernel may
     keep a queue or a stack). Compares at the end: one may overwrite another's results."""
+    __tracebackhide__ = True
     found = {call: call.results() for call in calls[::2] + calls[1::2]}
     for call in calls:
         call.compare(found[call])
@@ -582,7 +585,7 @@ def test_oracle_calls_in_a_row(implementation, case):
 @each_of(GENERAL)
 def test_oracle_changed_tensors(implementation, case):
     """Between calls, the values of an input change, in place or in new memory (as by
-    offloading), but not its version, sum or first element: no cache can be right."""
+    offloading), but not its version, sum or first element, by which a cache might go."""
     if case.mode != "gradients":  # as in generation
         case = replace(case, lead=(2, 1), frozen=INPUTS)
     inputs = make(case)
@@ -660,7 +663,7 @@ def test_oracle_memory_is_freed(implementation, case):
 def slow_cases():
     for name, dtypes in itertools.product(LARGE, ("fp32", "bf16")):
         if (name, dtypes) == ("sequence", "bf16"):
-            continue  # of so many rows, one is too far off
+            continue  # of 65,540 rows, one is off by more than 4% in a correct kernel
         for case in large(name, dtypes):
             yield pytest.param(case, id=f"slow-{name}-{case.id}")
 
@@ -733,14 +736,14 @@ def simpler(case):
 
 
 def kind(message):
-    """Returns what messages of the same bug share. "y is wrong" and "A.grad is zero" do."""
+    """Returns "wrong" for all wrong results, else the start of the message."""
     start = re.split("[:,\n]", message)[0]
     return "wrong" if " is " in start else start
 
 
 def simplest(kernel, case, message):
     """Takes back each difference from Case() without which the call fails in the same way. If
-    Case() fails, perhaps by design, the id stays."""
+    Case() fails, too, only cases of the same id are tried: the kernel may refuse the others."""
     keep_id = bool(failure(kernel, Case(case.dtypes)))
     others = simpler(case)
     while other := next(others, None):
@@ -774,10 +777,12 @@ def explain(kernel, case, message):
 
 # ==== 3. Does the oracle notice? ====
 
-# To add a field to Case, use it in `make` or Call, and draw it last in random_case, so that
-# other draws stay. To add a test, write it at the end of room 1, with each_of. Then add to
-# MISTAKES a line that makes a kernel wrong for your field or test, but not for Case(), and to
-# CORRECT a kernel that your change might refuse.
+# To add a field to Case, use it in `make` or Call, draw it last in random_case, so that other
+# draws stay, and put a word for it into the id if kernels may not support it. To add a test,
+# write it at the end of room 1, with each_of. Then add to MISTAKES a line that makes a kernel
+# wrong for your field or test, but not for Case(), and to CORRECT a kernel that your change
+# might refuse. What catches a mistake is "plain" (Case()), "random", a row of LARGE, or the
+# name of a test without test_oracle_.
 
 TESTS = {name.removeprefix("test_oracle_"): test for name, test in globals().items()
          if name.startswith("test_oracle_")}
@@ -804,7 +809,8 @@ def run_check(name, kernel, dtypes):
 START = """\
 (n, d, r), k = B.shape, x.shape[-1]
 tokens = x.shape[:-1].numel()
-calls = memory["calls"] = memory.get("calls", 0) + 1"""
+calls = memory["calls"] = memory.get("calls", 0) + 1
+queue = memory.setdefault("queue", [])"""
 
 
 def mutant(line):
@@ -950,9 +956,9 @@ calls_in_a_row
     call 3, {'scaling': 0.0} (is a buffer or cache of another kept?): y is
   y, _ = y, memory.setdefault(y.shape, y).data.copy_(y)
     {'lead': (2, 1)} (is a buffer or cache of another kept?): y is wrong
-  memory.setdefault("x", []).append(x); A = backward(A, lambda g: g * (memory["x"].pop(0) is x))
+  queue += [x] * torch.is_grad_enabled(); A = backward(A, lambda g: g * (queue.pop(0) is x))
     A.grad is zero
-  memory.setdefault("x", []).append(x); A = backward(A, lambda g: g * (memory["x"].pop() is x))
+  queue += [x] * torch.is_grad_enabled(); A = backward(A, lambda g: g * (queue.pop() is x))
     A.grad is zero
 changed_tensors
   W0 = memory.setdefault((id(W0), W0._version), W0.detach().clone())
@@ -1564,20 +1570,6 @@ def test_toy_sizes_are_about_equal(toy):
         "one A per head, shared B": 2496, "HydraLoRA, random router": 2304}
 
 
-@parametrize("targets", [["o_proj", "down_proj"], ["q_proj"], ["k_proj", "v_proj"], []])
-def test_toy_cut_model_is_the_model(targets, toy):
-    plain = torch.randint(toy.SYMBOLS, (5, toy.LENGTH))
-    task = toy.Task(toy_model(toy), None, [None], None, 0.1, 0)
-    texts = toy.encode(task.frozen, plain)
-    adapted = toy.fit(task, toy.Method(targets, 3, 9), 0)
-    for p in adapted.parameters():
-        if p.requires_grad:
-            nn.init.normal_(p, std=0.2)
-    tokens = F.pad(plain, (0, toy.LENGTH), value=toy.SYMBOLS)
-    expected = adapted(tokens)[:, toy.LENGTH:]
-    close(toy.predict(adapted, texts), expected, rtol=1e-4, atol=1e-4)
-
-
 @parametrize("target, tokens", [
     ("k_proj", slice(0, 32)), ("v_proj", slice(0, 32)), ("q_proj", slice(32, 64))])
 def test_toy_watches_the_tokens_that_a_layer_is_for(target, tokens, toy):
@@ -1600,8 +1592,8 @@ def test_toy_measures_by_hand(toy):
     assert toy.nmi(third, w / 2 + 1 / 6) < 0.4  # heads are drawn, not chosen
 
     plane = torch.eye(4)[:, :2]
-    turned = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 0.0]])  # one axis by 45 degrees
-    assert toy.overlap(plane, turned) == near(0.75)
+    turned = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
+    assert toy.overlap(plane, turned) == near(0.75)  # one axis is turned by 45 degrees
 
     x = torch.tensor([8.0, 10.0, 5.0, 7.0, 5.0, 7.0])  # the mean is 7
     label = torch.tensor([0, 0, 1, 1, 1, 1])  # whose means are 9 and 6
