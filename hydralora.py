@@ -167,15 +167,15 @@ class HydraLoRALinear(nn.Module):
 # Why is A shared, and not B?
 # In the paper, LoRAs of different tasks have A's that "tend to converge" and B's that
 # are "distinguishable" (Observation II). But LoRAs of random parts of one task do, too
-# (Fig. 9a), so this is no proof that tasks can share an A. The paper's cause is "the
+# (Fig. 9), so this is no proof that tasks can share an A. The paper suspects "the
 # different initialization methods" (Sec. 4.2, RQ3). In the toy, A's of two domains have
 # one start. After 10 steps, their spaces overlap by 0.68, and those of B's by 0.23. At the
 # end, it is 0.46 and 0.49; by chance, 0.47. So what these A's share is their start.
 #
 # The other argument for one A is size. N LoRAs have N r (k + d) parameters, but one A
 # with N heads has r (k + N d). In the toy, at equal size, HydraLoRA is ahead of N LoRAs
-# with a router by 1.6 points, and of one B with N A's by 1.5. But A must learn: with
-# A frozen at its start, HydraLoRA is behind LoRA.
+# with a router by 1.6 points, and of one B with N A's by 1.5. But A must learn: with A
+# frozen, HydraLoRA is behind LoRA (seed 0).
 #
 # Why do the heads differ?
 # For one token, let g = dL/dy, let l = Wg^T x be the logits, and let sum_j w_j B_j A x be
