@@ -226,8 +226,8 @@ class HydraLoRALinear(nn.Module):
 # [4] The update is scaled by lora_alpha / r, as in LoRA; in the script, by 32 / 4.
 # [5] The router sees x without dropout. All heads share one dropout mask. The official
 #     code draws one for each head.
-# [6] The paper's parameter counts fit q_proj and v_proj (Figs. 3, 9). But the
-#     script adapts gate_proj, up_proj and down_proj, as did the authors (issues 6, 7, 26).
+# [6] The paper's parameter counts fit q_proj and v_proj (Figs. 3, 9). But the script
+#     adapts gate_proj, up_proj and down_proj, as did the authors (issues 6, 7, 26).
 # [7] Merging uses one w for all tokens. The paper merges "based on the input" (Sec.
 #     3.2.2), which we read as: for each token.
 # [8] k-means sets only N, as in the official README: choose_num_heads in train_toy.py.

@@ -18,9 +18,8 @@ if available.
 A complete kernel takes any strides, any n, and any number of tokens, including none. It may
 return no gradients of W0 and bias, since the base may be frozen. In mixed dtypes, x, W0, bias
 and y have 16 bits, but A, B and Wg are float32. Under autocast, y may have autocast's dtype
-or float32. A kernel that computes in TF32 fails the fp32 tests. The
-values of weights may change between calls, so a kernel must not keep what it computes from
-them.
+or float32. A kernel that computes in TF32 fails the fp32 tests. The values of weights may
+change between calls, so a kernel must not keep what it computes from them.
 
 In 16 bits, a kernel may round the result of each step, add up 16 heads, and add up the
 gradients of 20 chunks of tokens. Longer sums must be in float32. A row or column of a result
