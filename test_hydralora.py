@@ -281,12 +281,12 @@ def random_case(dtypes, seed):
 
 def draw_cases(dtypes):
     cases = [Case(dtypes)]
-    for seed in range(130 if dtypes == "fp32" else 40):
-        cases.append(random_case(dtypes, seed))
     if dtypes == "fp32":
         cases += [Case(r=1), Case(n=260)]  # which are hardly drawn
     if "mixed" in dtypes:  # exp(logit) is inf, but the only gate is 1
         cases.append(Case(dtypes, n=1, factors=dict(Wg=300)))
+    for seed in range(130 if dtypes == "fp32" else 40):
+        cases.append(random_case(dtypes, seed))
     return cases
 
 
@@ -307,7 +307,7 @@ LARGE = {
 
 
 def large(name, dtypes):
-    return [Case(dtypes, mode, **LARGE[name]) for mode in ("gradients", "values")]
+    return [Case(dtypes, mode, **LARGE[name]) for mode in ("values", "gradients")]
 
 
 def make(case):
@@ -382,9 +382,9 @@ def errors(found, value, least):
     """Returns the norms of the errors of rows and columns, each relative to the norm of the
     correct row or column or, if that is larger, of an average one."""
     off = norms(as_float64(found) - value)
-    total = max(value.norm().item(), least)
     relative = {}
     for part, correct_norms in norms(value).items():
+        total = max(correct_norms.norm().item(), least)
         average = total / max(1, correct_norms.numel())**0.5
         if average == 0:  # errors are absolute
             average = 1.0
@@ -723,15 +723,15 @@ def failure(kernel, case):
 
 
 def simpler(case):
-    """Yields cases with one difference fewer from Case()."""
+    """Yields cases in which a field, or what it says of one tensor, is as in Case()."""
     usual = vars(Case())
     for name, value in vars(case).items():
+        if value != usual[name]:
+            yield replace(case, **{name: usual[name]})
         if isinstance(value, dict):
             for left_out in value:
                 others = {key: value[key] for key in value if key != left_out}
                 yield replace(case, **{name: others})
-        elif value != usual[name]:
-            yield replace(case, **{name: usual[name]})
 
 
 def kind(message):
@@ -744,13 +744,12 @@ def simplest(kernel, case, message):
     """Takes back each difference from Case() without which the call fails in the same way. If
     the kernel fails Case() in these dtypes, only cases of the same id are tried, and if it
     fails Case() in fp32, only these dtypes: it may refuse the others."""
-    keep_id = bool(failure(kernel, Case(case.dtypes)))
-    keep_dtypes = bool(failure(kernel, Case()))
+    fails_usual = {dtypes: failure(kernel, Case(dtypes)) for dtypes in {case.dtypes, "fp32"}}
     others = simpler(case)
     while other := next(others, None):
-        if keep_id and other.id != case.id:
+        if fails_usual[case.dtypes] and other.id != case.id:
             continue
-        if keep_dtypes and other.dtypes != case.dtypes:
+        if fails_usual["fp32"] and other.dtypes != case.dtypes:
             continue
         again = failure(kernel, other)
         if again and kind(again) == kind(message):
@@ -1008,19 +1007,18 @@ def in_chunks(x, W0, bias, A, B, Wg, scaling):
     return y.view(*x.shape[:-1], len(W0))
 
 
-CORRECT = [
-    ("bf16", in_chunks),
-    ("fp16", in_chunks),
-    ("mixed-bf16", mutant("A, B, Wg = A.to(x.dtype), B.to(x.dtype), Wg.to(x.dtype)")),
-    ("autocast-bf16", mutant("y = y.float()")),
+CORRECT = [  # what might refuse a kernel, as in MISTAKES
+    ("random", "bf16", in_chunks),
+    ("random", "fp16", in_chunks),
+    ("random", "mixed-bf16", mutant("A, B, Wg = A.to(x.dtype), B.to(x.dtype), Wg.to(x.dtype)")),
+    ("plain", "autocast-bf16", mutant("y = y.float()")),
 ]
 
 
 @pytest.mark.usefixtures("implementation")
-@parametrize("dtypes, kernel", CORRECT)
-def test_correct_kernel_passes(dtypes, kernel):
-    for name in ["random", *TESTS]:
-        run_check(name, kernel, dtypes)
+@parametrize("refused_by, dtypes, kernel", CORRECT)
+def test_correct_kernel_passes(refused_by, dtypes, kernel):
+    run_check(refused_by, kernel, dtypes)
 
 
 @parametrize("name, message", [
@@ -1057,7 +1055,7 @@ def definition_by_hand(x, W0, bias, A, B, Wg, scaling, grad_y):
 
 
 def test_definition_by_hand_agrees():
-    for case in RANDOM["fp32"][:60]:
+    for case in RANDOM["fp32"][:30]:
         case = replace(case, mode="gradients")
         inputs = make(case)
         arrays = {"bias": np.zeros(case.d)}
@@ -1543,7 +1541,7 @@ def test_toy_A_must_learn(toy, seed_0):
 def test_toy_runs_with_all_methods_on_other_layers(toy):
     output = toy_output(
         toy, "--seeds 2 --all --heads 4 --rank 5 --target v_proj down_proj --lr 0.5 --naming 0",
-        DIFFER=(0, 15), STEPS=5, TEST=60, WATCHED=(2, 5))
+        DIFFER=(0, 15), STEPS=3, TEST=30, WATCHED=(2, 3))
     block = TinyTransformer(TinyConfig()).layers[1]
     for name in [*toy.methods(block, ["v_proj"], 4, 5, True), "LoRA-Split"]:
         assert re.search(rf"^ *{name}, 15 differ \(%\)  ", output, re.M)
