@@ -21,11 +21,11 @@ and y have 16 bits, but A, B and Wg are float32. Under autocast, y may have auto
 or float32. A kernel that computes in TF32 fails the fp32 tests. The values of weights may
 change between calls, so a kernel must not keep what it computes from them.
 
-In 16 bits, a kernel may round the result of each step, add up 16 heads, and add up the
-gradients of 20 chunks of tokens. Longer sums must be in float32. A row or column of a result
-may be off by 4% of its norm in bf16, and 0.8% in fp16. An update that is 3% too large in
-bf16, or 1.2% in fp16, is found where W0 x cancels a part of it. Smaller errors are left to
-fp32.
+In 16 bits, a kernel may round the result of each step, and add up in 16 bits at most 16 heads,
+and the gradients of 20 chunks of tokens. Longer sums must be in float32. So a row or column of
+a result may be off by 4% of its norm in bf16, and 0.8% in fp16, which is more than such kernels
+are. Smaller errors are left to fp32. But where W0 x cancels a part of the update, y is smaller,
+so an update that is 3% too large in bf16, or 1.2% in fp16, is found.
 
 The id of a test, such as test_oracle_results[2-gradients-3d-odd-bias-fp32], says what the
 kernel must support. Leave out what yours does not:
@@ -40,8 +40,9 @@ kernel must support. Leave out what yours does not:
     -k "oracle and not fp64 and not mixed and not autocast"    one dtype, at most 32 bits
     -k "oracle and not slow and fp32"   for a first verdict, in seconds
 
-If test_oracle_results fails, it names the simplest case that fails in the same way. If that
-case passes in a new process, an earlier call left something behind. To repeat a case, or to
+If test_oracle_results fails, it names the simplest case that fails in the same way, and with
+which changes this case passes. If it passes in a new process, an earlier call left something
+behind. To repeat a case, or to
 test your own sizes (the last takes half a minute, and is silent if the kernel passes):
 
     from test_hydralora import *
@@ -89,7 +90,7 @@ parametrize = pytest.mark.parametrize
 # ---- The definition ----
 INPUTS = ("x", "W0", "bias", "A", "B", "Wg")
 TENSORS = (*INPUTS, "grad_y")
-TRAINED = ("x", "A", "B", "Wg")  # must get a gradient
+TRAINED = ("x", "A", "B", "Wg")  # a missing gradient counts as 0
 
 
 def definition(x, W0, bias, A, B, Wg, scaling):
@@ -212,12 +213,12 @@ def lay(t, layout):
     return before_nan(t)
 
 
-LARGE_X = dict(  # out of float16's range: x is too large, grad_y too small
+LARGE_X = dict(  # x is too large for float16, grad_y too small
     x=2.0**17, W0=2.0**-17, A=2.0**-17, Wg=2.0**-17, grad_y=2.0**-50)
 
 
 def draw_size(rng, least, most, unit=1):
-    """Draws a multiple of unit, log-uniformly: as many are in 2 to 4 as in 4 to 8."""
+    """Draws a size log-uniformly (as many in 2 to 4 as in 4 to 8) and rounds it up to unit."""
     logarithm = rng.uniform(math.log(least), math.log(most + 1))
     return unit * math.ceil(int(math.exp(logarithm)) / unit)
 
@@ -233,7 +234,7 @@ def draw_sizes(case, rng):
         case.r = draw_size(rng, least, 300, unit)
         case.n = draw_size(rng, 1, 16 if "16" in case.dtypes else 33)
         tokens = draw_size(rng, 1, 1100, rng.choice([1, 1, unit]))
-        if rng.random() < 0.15:
+        if rng.random() < 0.15:  # equal sizes, where a swapped axis raises no error
             case.d = case.k
         if rng.random() < 0.15:
             case.r = case.d
@@ -254,7 +255,7 @@ def draw_factors(case, rng):
         small = dict(grad_y=2.0**-10)
         factors += [dict(Wg=5), small, small]  # exp(logit) may be inf
     else:
-        factors += [dict(B=1e-4), dict(B=2.0**17), LARGE_X]
+        factors += [dict(B=1e-4), dict(B=2.0**17), LARGE_X]  # out of float16's range
     if "16" not in case.dtypes and case.k >= 8:
         factors += [dict(Wg=40)]  # exp(logit) may be inf, or 0 for all heads
     return rng.choice(factors)
@@ -380,7 +381,7 @@ def norms(t):
 
 def errors(found, value, least):
     """Returns the error of each row and column, |found - value| / max(|value|, average), where
-    average is the norm of an average row or column, if all of value has least or more."""
+    average is the norm of all of value, or least if larger, spread over the rows or columns."""
     off = norms(as_float64(found) - value)
     relative = {}
     for part, correct_norms in norms(value).items():
@@ -537,7 +538,7 @@ def check(*calls):
 # ---- The tests ----
 @pytest.fixture
 def implementation(monkeypatch):
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # else 300 MB more
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # else, 300 MB
         monkeypatch.setenv(name, "8")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -740,6 +741,9 @@ def simpler(case):
             for left_out in value:
                 others = {key: value[key] for key in value if key != left_out}
                 yield replace(case, **{name: others})
+        if name == "frozen":
+            for left_out in value:
+                yield replace(case, frozen=tuple(x for x in value if x != left_out))
 
 
 def kind(message):
@@ -750,8 +754,8 @@ def kind(message):
 
 def simplest(kernel, case, message):
     """Changes the case into Case(), field by field, where the call still fails in the same way.
-    If the kernel fails Case() in these dtypes, only cases of the same id are tried, and if it
-    fails Case() in fp32, only these dtypes: it may refuse the others."""
+    A kernel that fails Case() in fp32 may not support fp32, so the dtypes are kept. If it fails
+    Case() in these dtypes, it may not support a bias or 3-d x, so the whole id is kept."""
     fails_usual = {dtypes: failure(kernel, Case(dtypes)) for dtypes in {case.dtypes, "fp32"}}
     others = simpler(case)
     while other := next(others, None):
@@ -828,14 +832,20 @@ queue = memory.setdefault("queue", [])"""
 
 
 def mutant(line):
-    """Returns the definition with one more line. If its first word is w or z, it goes in below
-    the line that computes it ("z = 2 * z" below "z = F.linear(x, A)"), if y before the return,
-    else at the start. It may use what START defines, and `memory`, which outlives a call."""
+    """Returns the definition with one more line. It goes in, by its first word:
+
+        w, z    below the line that computes it: "z = 2 * z" below "z = F.linear(x, A)"
+        y       before the return: "y, _ = y, f()" only runs f
+        else    at the start
+
+    It may use what START defines, and `memory`, which outlives a call.
+    """
     source = inspect.getsource(definition)
     following = {"w": "    z = ", "z": "    for ", "y": "    return "}
     for each in [*START.splitlines(), line]:
         word = re.match(r"\w*", each)[0]
         place = following.get(word, "    y = F.linear(")
+        assert place in source
         source = source.replace(place, f"    {each}\n{place}", 1)
     scope = globals() | {"memory": {}}
     exec(source, scope)
@@ -913,7 +923,7 @@ random
   A = backward(A, lambda g: g + (tokens == 0))
     lead=(0,
   A = backward(A, lambda g: g * x.requires_grad)
-    frozen=(
+    frozen=('x',)
   y = y.requires_grad_()
     y requires a gradient, but no input does
   z = z * (not torch.is_inference_mode_enabled())
