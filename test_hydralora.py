@@ -41,9 +41,9 @@ kernel must support. Leave out what yours does not:
     -k "oracle and not slow and fp32"   for a first verdict, in seconds
 
 If test_oracle_results fails, it names the simplest case that fails in the same way, and with
-which changes this case passes. If it passes in a new process, an earlier call left something
-behind. To repeat a case, or to
-test your own sizes (the last takes half a minute, and is silent if the kernel passes):
+which changes this case passes. If the case itself passes in a new process, an earlier call left
+something behind. To repeat a case, or to test your own sizes (the last takes half a minute, and
+is silent if the kernel passes):
 
     from test_hydralora import *
     from my_module import my_kernel
