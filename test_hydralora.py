@@ -1651,6 +1651,11 @@ def test_toy_measures_by_hand(toy):
     assert toy.best_without_domain(15) == near(80)
     assert toy.best_without_domain(5) == near((80 + 100 + 100) / 3)
 
+    points = torch.tensor([[0.0], [4.0], [20.0]])  # with centres at 2 and 20
+    assert toy.k_means_sse(points, 2) == near(2**2 + 2**2)
+
+    assert toy.letters("head 0", [0, 1], [0, 2]) == "   head 0            a*b"
+
     pairs = toy.pairs_of(torch.tensor([0, 0, 1]), torch.tensor([4, 5, 5]))
     assert pairs["same domain"].nonzero().tolist() == [[0, 1], [1, 0]]
     assert pairs["same symbol"].nonzero().tolist() == [[1, 2], [2, 1]]
