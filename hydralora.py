@@ -17,7 +17,7 @@ NeurIPS 2024, arXiv 2404.19245. W0 is frozen; A, B_i and Wg are trained.
     B_i    lora_B[i]      (d, r)    a head, the paper's expert E_i; starts at zero
     N      num_heads                number of heads, n in shapes
     Wg^T   router.weight  (n, k)    as nn.Linear stores a weight
-    w      w, gates       (..., n)  one gate per head, for each token; (n,) if fixed
+    w      w, gates       (..., n)  one gate per head, for each token; (n,) in merging
 
 The code scales the update by s = scaling. [1] to [9] refer to "Choices".
 """
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__version__ = "0.18.0"
+__version__ = "0.19.0"
 
 
 # ---- The layer ----
@@ -41,7 +41,8 @@ __version__ = "0.18.0"
 class Router(nn.Module):  # not an nn.Linear, which a quantiser would replace
     """Eq. 4: x (..., k) -> gates w (..., n).
 
-    A subclass may return other gates (..., n), or (b, 1, n) for whole sequences.
+    A subclass may return other gates (..., n), or (b, 1, n) for whole sequences. In a
+    decoder, such gates see later tokens, and with a cache only the newest.
     """
 
     def __init__(self, k, n, device=None, dtype=None):
@@ -100,11 +101,13 @@ class HydraLoRALinear(nn.Module):
         y = self.base(x)  # (..., d), W0 x + bias
         x = x.to(self.lora_A.dtype)
         w = self.router(x)  # (..., n), Eq. 4 [1]
+        if w.dim() != x.dim() or w.shape[-1] != self.num_heads:
+            raise ValueError(f"gates must be (..., {self.num_heads}) with as many axes as x, "
+                             f"got {[*w.shape]} for x {[*x.shape]}")
         z = F.linear(self.lora_dropout(x), self.lora_A)  # (..., r), A x, one mask [5]
-        w = w.unflatten(-1, (self.num_heads, 1))  # (..., n, 1), an error if not n gates
-        u = w * (self.scaling * z)[..., None, :]  # (..., n, r)
+        u = w[..., None] * (self.scaling * z)[..., None, :]  # (..., n, r)
         delta = torch.einsum("...nr,ndr->...d", u, self.lora_B)  # (..., d), Eq. 3
-        return y + delta.to(y.dtype)
+        return y + delta.to(y.dtype).expand_as(y)  # an error if gates made delta larger
 
     def extra_repr(self):
         return f"num_heads={self.num_heads}, r={self.r}, scaling={self.scaling:g}"
@@ -135,8 +138,12 @@ class HydraLoRALinear(nn.Module):
         own = getattr(base.forward, "__func__", None) is not nn.Linear.forward  # as by accelerate
         hooked = base._forward_hooks or base._forward_pre_hooks
         if own or hooked or type(base.weight) is not nn.Parameter or base.weight.is_meta:
+            got = (f"{type(base).__name__} with a weight of type {type(base.weight).__name__} "
+                   f"on {base.weight.device}")
+            got += ", with hooks" if hooked else ""
+            got += ", with its own forward" if own else ""
             raise TypeError("base is quantised, sharded, offloaded or hooked: expected a plain "
-                            f"nn.Linear, got {type(base).__name__}")
+                            f"nn.Linear, got {got}")
         dtype = torch.promote_types(self.lora_B.dtype, torch.float32)
         A, heads = self.lora_A.to(dtype), self.lora_B.to(dtype)
         gates = torch.as_tensor(gates).to(heads)
@@ -215,7 +222,9 @@ class HydraLoRALinear(nn.Module):
 
 # ---- Choices ----
 # On these points, the paper is silent or unclear. The official code is commit afb693b
-# of https://github.com/Clin0212/HydraLoRA, the script is its fine-tuning.sh.
+# of https://github.com/Clin0212/HydraLoRA, the script is its fine-tuning.sh. There, lora_A
+# is lora_A.weight, lora_B is lora_B0.weight, lora_B1.weight and so on, and router.weight is
+# lora_route.weight.
 #
 # [1] The router reads x, as in Eq. 4 and the official code. But the paper prints Wg as
 #     (r, N), which fits A x.
@@ -315,6 +324,27 @@ def _replace(model, new):
     return new.get(model, model)
 
 
+def _find(model, target):
+    """The nn.Linear layers that match a name. ValueError if none, with what has this name."""
+    def matching(named):
+        return [found for name, found in named if f".{name}".endswith(f".{target}")]
+
+    adapted = {m.base for m in model.modules() if isinstance(m, HydraLoRALinear)}
+    modules = matching(model.named_modules())
+    bases = [m for m in modules if isinstance(m, nn.Linear) and m not in adapted]
+    if bases:
+        return bases
+    if any(isinstance(m, HydraLoRALinear) or m in adapted for m in modules):
+        raise ValueError(f"{target!r} is adapted already")
+    if modules:
+        kind = type(modules[0])
+        raise ValueError(f"{target!r} is a {kind.__name__} of {kind.__module__}, "
+                         "and not an nn.Linear")
+    if matching(model.named_parameters()):
+        raise ValueError(f"{target!r} is a parameter, and not an nn.Linear")
+    raise ValueError(f"no module is named {target!r}")
+
+
 def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
     """Wrap the nn.Linear layers that match, freeze the rest, and return the model.
 
@@ -322,16 +352,15 @@ def inject_hydralora(model, target_modules, layer=HydraLoRALinear, **arguments):
     before the model is sharded, or each process trains adapters of its own, and before the
     optimizer is made, or it trains nothing.
     """
-    bases = []
-    adapted = {m.base for m in model.modules() if isinstance(m, HydraLoRALinear)}
-    for target in [target_modules] if isinstance(target_modules, str) else target_modules:
-        found = [m for name, m in model.named_modules() if isinstance(m, nn.Linear)
-                 and m not in adapted and f".{name}".endswith(f".{target}")]
-        if not found:
-            raise ValueError(f"no nn.Linear is named {target!r}, or it is adapted already")
-        bases += found
+    targets = [target_modules] if isinstance(target_modules, str) else target_modules
+    bases = [base for target in targets for base in _find(model, target)]
     bases = dict.fromkeys(bases)  # each once, in order: a seed gives the same adapters
-    model = _replace(model, {base: layer(base, **arguments) for base in bases})
+    new = {base: layer(base, **arguments) for base in bases}
+    for made in new.values():
+        if not isinstance(made, HydraLoRALinear):
+            raise ValueError(f"layer must make a HydraLoRALinear of {__name__}, "
+                             f"got {type(made).__name__} of {type(made).__module__}")
+    model = _replace(model, new)
     adapters = {p for m in hydralora_layers(model).values() for p in m.parameters()}
     for p in set(model.parameters()) - adapters:
         p.requires_grad_(False)
@@ -381,8 +410,11 @@ def merge_hydralora(model, gates):
     gates: dict name -> (n,), as from mean_gates. Compare the model before and after: one
     w for all tokens can ruin it.
     """
-    return _replace(model, {layer: layer.merge(gates[name])
-                            for name, layer in hydralora_layers(model).items()})
+    layers = hydralora_layers(model)
+    for name in layers:
+        if name not in gates:
+            raise ValueError(f"no gates were recorded for {name!r}")
+    return _replace(model, {layer: layer.merge(gates[name]) for name, layer in layers.items()})
 
 
 # ---- Files ----
@@ -395,9 +427,11 @@ def hydralora_state_dict(model):
              for name, layer in hydralora_layers(model).items()
              for key, t in layer.state_dict().items() if not key.startswith("base.")}
     for key, t in state.items():
+        if t.is_meta:
+            raise ValueError(f"{key} has no values here: end offloading, or inject before it")
         flat = t.dim() < 2 and key.endswith(("lora_A", "lora_B", "flat_param"))  # by FSDP
-        if flat or t.is_meta or type(t) is not torch.Tensor:
-            raise ValueError(f"{key} is sharded or offloaded: first gather it")
+        if flat or type(t) is not torch.Tensor:
+            raise ValueError(f"{key} is sharded: first gather it")
     return state
 
 

@@ -1259,26 +1259,6 @@ def test_variant_is_saved_recorded_and_merged():
 
 
 # ---- A model ----
-def test_tiny_transformer_by_its_definition():
-    model = TinyTransformer(TinyConfig())
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)
-    h = model.token_embedding(IDS) + model.position_embedding.weight[:11]
-    later = torch.full((11, 11), -math.inf).triu(1)
-    for layer in model.layers:
-        x = layer.attention_norm(h)
-        heads = []
-        for rows in torch.arange(64).chunk(4):
-            q = x @ layer.q_proj.weight[rows].T
-            k = x @ layer.k_proj.weight[rows].T
-            v = x @ layer.v_proj.weight[rows].T
-            heads.append((q @ k.mT / 4 + later).softmax(-1) @ v)
-        h = h + layer.o_proj(torch.cat(heads, -1))
-        inner = F.gelu(layer.up_proj(layer.mlp_norm(h)))
-        h = h + layer.down_proj(inner)
-    close(model(IDS), model.lm_head(model.norm(h)), rtol=0, atol=1e-4)
-
-
 def test_injection_changes_no_output_and_no_mode():
     model = plain_model()
     model.layers[0].eval()
@@ -1373,13 +1353,24 @@ def test_recorded_gates_are_those_of_all_calls():
     assert {len(ws) for ws in gates.values()} == {2}  # no longer recorded
 
 
-def test_wrong_number_of_gates_raises_and_ends_recording():
+@parametrize("wrong, shape", [
+    (lambda w: w[..., :1], [2, 2, 1]), (lambda w: w[0], [2, 4]), (lambda w: w[None], [1, 2, 2, 4])])
+def test_wrong_gates_raise_and_end_recording(wrong, shape):
+    """(b, n) would pass for (t, n) where b = t."""
     layer = make_layer()
-    layer.router.register_forward_hook(lambda router, x, w: w[..., :1])
-    with pytest.raises(RuntimeError), record_gates(layer) as gates:
-        layer(randn(K))
-    layer.router(randn(K))
+    layer.router.register_forward_hook(lambda router, x, w: wrong(w))
+    message = f"gates must be (..., 4) with as many axes as x, got {shape} for x [2, 2, 7]"
+    with pytest.raises(ValueError, match=re.escape(message)), record_gates(layer) as gates:
+        layer(randn(2, 2, K))
+    layer.router(randn(2, 2, K))
     assert len(gates[""]) == 1
+
+
+def test_gates_of_more_tokens_raise():
+    layer = make_layer()
+    layer.router.register_forward_hook(lambda router, x, w: w.expand(2, 5, N))
+    with pytest.raises(RuntimeError, match="expanded size"):
+        layer(randn(2, 1, K))
 
 
 def test_mean_gates_are_those_of_all_tokens():
@@ -1412,29 +1403,31 @@ def test_wrong_gates_are_refused(shape, message):
         make_layer().merge(torch.ones(shape))
 
 
-@parametrize("change", [
-    lambda base: base.register_forward_hook(print),
-    lambda base: base.register_forward_pre_hook(print),
-    lambda base: base.to("meta"),
-    lambda base: setattr(base, "weight", nn.Parameter(Subclass(D, K))),
-    lambda base: setattr(base, "__class__", OwnLinear),
-    lambda base: setattr(base, "forward", print)])
-def test_what_merging_would_break_is_refused(change):
+@parametrize("got, change", [
+    ("cpu, with hooks$", lambda base: base.register_forward_hook(print)),
+    ("cpu, with hooks$", lambda base: base.register_forward_pre_hook(print)),
+    ("Linear with a weight of type Parameter on meta$", lambda base: base.to("meta")),
+    ("type Subclass on cpu$", lambda base: setattr(base, "weight", nn.Parameter(Subclass(D, K)))),
+    ("got OwnLinear", lambda base: setattr(base, "__class__", OwnLinear)),
+    ("cpu, with its own forward$", lambda base: setattr(base, "forward", print))])
+def test_what_merging_would_break_is_refused(got, change):
     layer = make_layer()
     change(layer.base)
-    with pytest.raises(TypeError, match="quantised, sharded, offloaded or hooked"):
+    with pytest.raises(TypeError, match=f"quantised, sharded, offloaded or hooked: .*{got}"):
         layer.merge(GATES)
     with pytest.raises(TypeError, match="OwnLayer overrides forward"):
         make_layer(layer=OwnLayer).merge(GATES)
 
 
-@parametrize("key, t", [
-    ("lora_A", torch.ones(9)), ("_flat_param", torch.ones(9)),
-    ("lora_A", torch.ones(R, K, device="meta")), ("lora_A", Subclass(R, K))])
-def test_sharded_layer_is_not_saved(key, t):
+@parametrize("key, t, message", [
+    ("lora_A", torch.ones(9), "is sharded: first gather it"),
+    ("_flat_param", torch.ones(9), "is sharded"),
+    ("lora_A", Subclass(R, K), "is sharded"),
+    ("lora_A", torch.ones(R, K, device="meta"), "has no values here: end offloading")])
+def test_layer_without_its_values_is_not_saved(key, t, message):
     layer = make_layer()
     setattr(layer, key, nn.Parameter(t))
-    with pytest.raises(ValueError, match=rf"^q_proj\.{key} is sharded or offloaded"):
+    with pytest.raises(ValueError, match=rf"^q_proj\.{key} {message}"):
         hydralora_state_dict(nn.ModuleDict({"q_proj": layer}))
 
 
@@ -1456,11 +1449,13 @@ def test_layer_has_no_bias_but_its_own():
 
 
 @parametrize("targets, arguments, message", [
-    (["o_proj", "norm"], {}, "named 'norm'"),
-    ("proj", {}, "named 'proj'"),
-    ("v_proj.base", {}, "named 'v_proj.base'"),
-    ("layers.0", {}, "named 'layers.0'"),
-    ("v_proj", {}, "adapted already"),
+    (["o_proj", "norm"], {}, "'norm' is a LayerNorm of torch.nn.*, and not an nn.Linear"),
+    ("proj", {}, "no module is named 'proj'"),
+    ("v_proj.base", {}, "'v_proj.base' is adapted already"),
+    ("layers.0", {}, "'layers.0' is a TinyBlock of hydralora, "),
+    ("o_proj.weight", {}, "'o_proj.weight' is a parameter"),
+    ("v_proj", {}, "'v_proj' is adapted already"),
+    ("o_proj", dict(layer=lambda base, **arguments: base), "got Linear of torch.nn.modules.linear"),
     ("o_proj", dict(r=0), "at least 1, got 3 and 0"),
     ("o_proj", dict(num_heads=0), "at least 1, got 0 and 8")])
 def test_refused_injection_changes_nothing(targets, arguments, message):
@@ -1488,7 +1483,7 @@ def test_refused_loading_and_merging_change_nothing():
         with pytest.raises(ValueError, match=re.escape(message)):
             load_hydralora_state_dict(model, state)
     all_but_one = [*hydralora_layers(model)][:-1]
-    with pytest.raises(KeyError, match="layers.1.v_proj"):
+    with pytest.raises(ValueError, match="no gates were recorded for 'layers.1.v_proj'"):
         merge_hydralora(model, dict.fromkeys(all_but_one, GATES))
     assert torch.equal(model(IDS), logits)
 
