@@ -21,11 +21,17 @@ and y have 16 bits, but A, B and Wg are float32. Under autocast, y may have auto
 or float32. A kernel that computes in TF32 fails the fp32 tests. The values of weights may
 change between calls, so a kernel must not keep what it computes from them.
 
-In 16 bits, a kernel may round the result of each step, and add up in 16 bits at most 16 heads,
-and the gradients of 20 chunks of tokens. Longer sums must be in float32. So a row or column of
-a result may be off by 4% of its norm in bf16, and 0.8% in fp16, which is more than such kernels
-are. Smaller errors are left to fp32. But where W0 x cancels a part of the update, y is smaller,
-so an update that is 3% too large in bf16, or 1.2% in fp16, is found.
+A result is y or the gradient of an input. Its rows and its columns have errors:
+
+    error of a row = |found - correct| / max(|correct|, the average norm of a row)
+
+The largest error of a result may be
+
+    fp32    1e-4                                 fp64    1e-10
+    bf16    0.04, with mixed and autocast        fp16    0.008, with mixed and autocast
+
+In 16 bits, a kernel may round the result of each step. It may add up in 16 bits at most 16
+heads, and the gradients of at most 20 chunks of tokens. Longer sums must be in float32.
 
 The id of a test, such as test_oracle_results[2-gradients-3d-odd-bias-fp32], says what the
 kernel must support. Leave out what yours does not:
@@ -35,8 +41,6 @@ kernel must support. Leave out what yours does not:
     -k "oracle and not empty"           there are tokens
     -k "oracle and not strided"         tensors are contiguous and aligned
     -k "oracle and nobias"              bias is None
-    -k "oracle and not twice"           one backward, before any tensor changes
-    -k "oracle and not changed"         it keeps what it computes from weights
     -k "oracle and not fp64 and not mixed and not autocast"    one dtype, at most 32 bits
     -k "oracle and not slow and fp32"   for a first verdict, in seconds
 
@@ -114,10 +118,7 @@ def read_settings():
         raise ValueError(f"unknown {[*settings]}: use HYDRALORA_IMPL or HYDRALORA_DEVICE")
     if path is None:
         return device, None
-    kernel = pkgutil.resolve_name(path)
-    if not callable(kernel):
-        raise ValueError(f"{path} is no function: use HYDRALORA_IMPL=module:function")
-    return device, kernel
+    return device, pkgutil.resolve_name(path)
 
 
 DEVICE, IMPLEMENTATION = read_settings()
@@ -146,11 +147,11 @@ class Case:
     """All that decides what a call is given."""
     dtypes: str = "fp32"
     mode: str = "gradients"
-    lead: tuple = (2, 5)  # axes of x before k: () is one token, (5,) a sequence
+    lead: tuple = (9, 10)  # axes of x before k: () is one token, (4,) a sequence
     k: int = 7
     d: int = 6
-    r: int = 3
-    n: int = 4
+    r: int = 5
+    n: int = 3
     bias: bool = True
     scaling: float = 1.75
     factors: dict = field(default_factory=dict)  # name -> multiplies this tensor
@@ -158,6 +159,15 @@ class Case:
     frozen: tuple = ()    # what does not require grad
     filled: bool = False  # torch.empty is filled with nan, as in deterministic mode
     seed: int = 0
+
+    def __post_init__(self):
+        tensors = (*self.factors, *self.layouts, *self.frozen)
+        for what, names, known in (
+                ("dtypes", [self.dtypes], DTYPES), ("mode", [self.mode], MODES),
+                ("tensor", tensors, TENSORS), ("layout", self.layouts.values(), LAYOUTS)):
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"unknown {what} {name!r}: use one of {', '.join(known)}")
 
     def __repr__(self):
         changed = {}
@@ -179,8 +189,6 @@ class Case:
             words.append("empty")
         if self.layouts:
             words.append("strided")
-        if self.frozen:
-            words.append("frozen")
         words.append("bias" if self.bias else "nobias")
         return "-".join([*words, self.dtypes])
 
@@ -192,10 +200,11 @@ def before_nan(t):
 
 
 STRIDED = ("misaligned", "gaps", "wide-rows", "transposed", "tokens-first")
+LAYOUTS = (*STRIDED, "one-sequence", "one-value")
 
 
 def lay(t, layout):
-    """Returns t (..., rows, columns) in a layout: "", one of STRIDED, or an expanded one."""
+    """Returns t (..., rows, columns) in one of LAYOUTS, or contiguous."""
     if layout == "misaligned":  # contiguous, but its memory begins one element later
         return before_nan(torch.cat([t.new_zeros(1), t.flatten()]))[1:].view(t.shape)
     if layout == "gaps":
@@ -211,10 +220,6 @@ def lay(t, layout):
     if layout == "one-value":  # as grad_y of y.sum()
         return before_nan(t.new_ones(1)).expand(t.shape)
     return before_nan(t)
-
-
-LARGE_X = dict(  # x is too large for float16, grad_y too small
-    x=2.0**17, W0=2.0**-17, A=2.0**-17, Wg=2.0**-17, grad_y=2.0**-50)
 
 
 def draw_size(rng, least, most, unit=1):
@@ -255,7 +260,8 @@ def draw_factors(case, rng):
         small = dict(grad_y=2.0**-10)
         factors += [dict(Wg=5), small, small]  # exp(logit) may be inf
     else:
-        factors += [dict(B=1e-4), dict(B=2.0**17), LARGE_X]  # out of float16's range
+        out_of_range = dict(x=2.0**17, Wg=2.0**-17, grad_y=2.0**-50)  # of float16
+        factors += [dict(B=1e-4), dict(B=2.0**17), out_of_range]
     if "16" not in case.dtypes and case.k >= 8:
         factors += [dict(Wg=40)]  # exp(logit) may be inf, or 0 for all heads
     return rng.choice(factors)
@@ -292,9 +298,9 @@ def draw_cases(dtypes):
 
 
 RANDOM = {dtypes: draw_cases(dtypes) for dtypes in DTYPES}
-SQUARE = dict(k=64, d=64, r=16, n=8, bias=False)
+EQUAL = dict(k=16, d=16, r=16, n=8, bias=False)  # a swapped axis raises no error
 GENERAL = [Case(dtypes, mode, **change)  # for all tests but the first
-           for dtypes in DTYPES for change in ({}, SQUARE) for mode in ("gradients", "inference")]
+           for dtypes in DTYPES for change in ({}, EQUAL) for mode in ("gradients", "inference")]
 WITH_GRADIENTS = [case for case in GENERAL if case.mode == "gradients"]
 
 LARGE = {  # sizes beyond those that are drawn
@@ -362,10 +368,11 @@ def correct(inputs, case):
 
 
 def least_norms(x, Wg, products):
-    """The gradient of logit i is a difference, w_i (g . u_i - g . u), where g is grad_y, and u_i
-    is head i's part of the update u. The difference may be almost 0, but its rounding errors
-    are not. So errors of x.grad and Wg.grad are relative at least to the norm that the gradient
-    would have with |g u| in the place of the difference. products: g u, (..., d).
+    """Returns a least norm for x.grad and for Wg.grad. products: g u, (..., d).
+
+    With g = grad_y, the update u, and u_i = scaling B_i A x, the gradient of logit i is
+    w_i g.u_i - w_i g.u. If these nearly cancel, the correct gradient is tiny, but a kernel's
+    rounding errors are not. The least norm is that of a gradient with |g u| in their place.
     """
     size = products.norm(dim=-1, keepdim=True)  # (..., 1)
     row_of_Wg = Wg.norm() / len(Wg)**0.5
@@ -380,8 +387,8 @@ def norms(t):
 
 
 def errors(found, value, least):
-    """Returns the error of each row and column, |found - value| / max(|value|, average), where
-    average is the norm of all of value, or least if larger, spread over the rows or columns."""
+    """Returns the error of each row and column, by the docstring's formula. The average norm
+    is that of all of value, or least if larger, spread over the rows or columns."""
     off = norms(as_float64(found) - value)
     relative = {}
     for part, correct_norms in norms(value).items():
@@ -420,6 +427,8 @@ SETTINGS = {  # what reads a global setting -> what puts it back
     torch.is_grad_enabled: torch.set_grad_enabled,
     torch.get_num_threads: torch.set_num_threads,
     torch.get_float32_matmul_precision: torch.set_float32_matmul_precision,
+    torch.get_default_dtype: torch.set_default_dtype,
+    torch.get_deterministic_debug_mode: torch.set_deterministic_debug_mode,
     torch.initial_seed: torch.default_generator.manual_seed,
 }
 
@@ -467,8 +476,8 @@ class Call:
     @contextlib.contextmanager
     def guard(self, what):
         """What the kernel does here must not raise, or change a global setting or an input."""
-        if self.case.filled:
-            torch.set_deterministic_debug_mode("warn")
+        mode = torch.get_deterministic_debug_mode()
+        torch.set_deterministic_debug_mode("warn" if self.case.filled else mode)
         settings = {get: get() for get in SETTINGS}
         try:
             yield
@@ -478,7 +487,7 @@ class Call:
             changed = [get for get in SETTINGS if get() != settings[get]]
             for get in changed:
                 SETTINGS[get](settings[get])
-            torch.set_deterministic_debug_mode("default")
+            torch.set_deterministic_debug_mode(mode)
         if changed:
             self.fail(f"{what} changed what {changed[0].__name__}() returns")
         for name, (t, memory, requires_grad, grad) in self.before.items():
@@ -556,28 +565,41 @@ def test_oracle_results(implementation, case):
         raise AssertionError(explain(implementation, case, message))
 
 
-IN_A_ROW = [  # what differs from the first call
-    {}, {}, dict(scaling=0.0), dict(scaling=-1.75), dict(lead=(2, 1)), dict(lead=(2, 67)), {},
-    dict(lead=(2, 1), seed=1), dict(r=32), dict(bias=False), dict(n=5), {}]
+IN_A_ROW = [  # what differs from the case; at first, nothing needs a gradient
+    dict(mode="values", frozen=INPUTS), {}, dict(frozen=TRAINED), dict(scaling=0.0),
+    dict(scaling=-1.75), dict(lead=(9, 1)), dict(lead=(9, 13)), dict(lead=(9, 67)), {},
+    dict(lead=(9, 1), seed=1), dict(r=32, bias=False), dict(r=32), dict(n=5), {}]
+STRIDED_IN_A_ROW = [
+    {}, dict(layouts=dict.fromkeys(INPUTS, "transposed")), dict(layouts=dict(grad_y="transposed"))]
+
+
+def call_in_a_row(kernel, case, changes):
+    """The calls are all before the first backward, and share the tensors that do not change."""
+    first = make(case)
+    calls = []
+    for change in changes:
+        now = replace(case, **change)
+        inputs = make(now)
+        shared = "frozen" not in change and "layouts" not in change
+        for name in now.inputs:
+            old = first[name]
+            if shared and old is not None and torch.equal(old, inputs[name]):
+                inputs[name] = old
+        moment = f"call {len(calls) + 1}, {change} (is something of another kept?): "
+        calls.append(Call(kernel, now, inputs, moment))
+    check(*calls)
 
 
 @each_of(GENERAL)
 def test_oracle_calls_in_a_row(implementation, case):
-    """Calls with other tokens, weights and sizes, all before the first backward, share the
-    tensors that do not change. A kernel may keep no scaling, size, grid, gates or buffer of
-    an earlier call."""
-    first = make(case)
-    calls = []
-    for change in IN_A_ROW:
-        now = replace(case, **change)
-        inputs = make(now)
-        for name in now.inputs:
-            old = first[name]
-            if old is not None and torch.equal(old, inputs[name]):
-                inputs[name] = old
-        moment = f"call {len(calls) + 1}, {change} (is a buffer or cache of another kept?): "
-        calls.append(Call(implementation, now, inputs, moment))
-    check(*calls)
+    """A kernel may keep no scaling, size, grid, gates, buffer, or need of a gradient."""
+    call_in_a_row(implementation, case, IN_A_ROW)
+
+
+@each_of(GENERAL)
+def test_oracle_strided_calls_in_a_row(implementation, case):
+    """A kernel may keep no strides by shape."""
+    call_in_a_row(implementation, case, STRIDED_IN_A_ROW)
 
 
 @each_of(GENERAL)
@@ -688,11 +710,9 @@ def keywords(values):
 
 
 def describe_exception(error):
-    """Returns the error and the kernel's lines that raised it."""
-    others = (__file__, os.path.dirname(torch.__file__))
-    lines = [line for line in traceback.extract_tb(error.__traceback__)
-             if not line.filename.startswith(others)]
-    return f"{type(error).__name__}: {error}\n" + "".join(traceback.format_list(lines[-3:]))
+    """Returns the error and the lines that raised it."""
+    lines = traceback.format_tb(error.__traceback__)
+    return f"{type(error).__name__}: {error}\n{''.join(lines[-3:])}"
 
 
 def describe(name, found, value, least, case):
@@ -725,12 +745,6 @@ def failure(kernel, case):
     return ""
 
 
-def kind(message):
-    """Returns "wrong" for all wrong results, else the start of the message."""
-    start = re.split("[:,\n]", message)[0]
-    return "wrong" if " is " in start else start
-
-
 def differences(case):
     """Yields each field of a case, and each tensor of which a field says something."""
     for name, value in vars(case).items():
@@ -752,33 +766,30 @@ def without(case, name, tensor):
     return replace(case, **{name: new})
 
 
-def simplest(kernel, case, message, kept):
+def simplest(kernel, case, message, same_id):
     """Changes the case into Case(), field by field, where the call still fails in the same way.
-    kept: "id", "dtypes" or "", what must not change."""
+    The dtypes never change, and the id only if same_id is false."""
     for difference in differences(case):
         other = without(case, *difference)
-        if other == case:
-            continue
-        if kept and getattr(other, kept) != getattr(case, kept):
+        if other == case or other.dtypes != case.dtypes or (same_id and other.id != case.id):
             continue
         again = failure(kernel, other)
-        if again and kind(again) == kind(message):
+        if again.split()[1:3] == message.split()[1:3]:  # as "is wrong" or "call raised"
             case, message = other, again
     return case, message
 
 
 EASIER = [
-    dict(dtypes="fp32"), dict(lead=()), dict(lead=(5,)), dict(n=1), dict(lead=(1,), n=1),
-    dict(r=1), dict(k=16, d=16, r=16), dict(bias=False), dict(scaling=1.0)]
+    dict(dtypes="fp32"), dict(lead=()), dict(lead=(4,)), dict(n=1), dict(r=1),
+    dict(k=16, d=16, r=16), dict(bias=False), dict(scaling=1.0)]
 
 
 def passing_changes(kernel, case):
-    """Returns the changes with which the case passes. One that contains another is left out."""
+    """Returns the changes with which the case passes."""
     passing = []
     for change in [*EASIER, dict(factors=case.factors | dict(B=0))]:
         easier = replace(case, **change)
-        follows = any(other.items() <= change.items() for other in passing)
-        if easier != case and not follows and not failure(kernel, easier):
+        if easier != case and not failure(kernel, easier):
             passing.append(change)
     return passing
 
@@ -787,13 +798,10 @@ def explain(kernel, case, message):
     """Returns the message of the simplest case, and what may be the cause."""
     if not failure(kernel, case):
         return f"{message}\nOn new tensors, the same call passes.{LEFT_BEHIND}"
-    kept = ""
-    if failure(kernel, Case(case.dtypes)):
-        kept = "id"  # the kernel may not support a bias or 3-d x
-    elif failure(kernel, Case()):
-        kept = "dtypes"  # it may not support fp32
-    case, message = simplest(kernel, case, message, kept)
-    if kept == "id":
+    plain_fails = bool(failure(kernel, Case(case.dtypes)))
+    same_id = plain_fails  # the kernel may not support a bias or 3-d x
+    case, message = simplest(kernel, case, message, same_id)
+    if plain_fails:
         changes = [", ".join(keywords(change)) for change in passing_changes(kernel, case)]
         if changes:
             message += f"\nIt passes with: {'; '.join(changes)}"
@@ -802,12 +810,10 @@ def explain(kernel, case, message):
 
 # ==== 3. Does the oracle notice? ====
 
-# To add a field to Case, use it in `make` or Call, draw it last in random_case, so that other
-# draws stay, and put a word for it into the id if kernels may not support it. To add a test,
-# write it at the end of room 1, with each_of. Then add to MISTAKES a line that makes a kernel
-# wrong for your field or test, but not for Case(), and to CORRECT a kernel that your change
-# might refuse. What catches a mistake is "plain" (Case()), "random", a row of LARGE, or the
-# name of a test without test_oracle_. To run it: -k "mistake and WORD", with a word of its line.
+# To add a field to Case, use it in `make` or Call, draw it last in random_case (other draws
+# stay), and put a word into the id if kernels may not support it. To add a test, write it at the
+# end of room 1, with each_of. Then add to MISTAKES a line that makes a kernel wrong for your
+# field or test, but not for Case(), and to CORRECT a kernel that your change might refuse.
 
 TESTS = {name.removeprefix("test_oracle_"): test for name, test in globals().items()
          if name.startswith("test_oracle_")}
@@ -834,8 +840,7 @@ def run_check(name, kernel, dtypes):
 START = """\
 (n, d, r), k = B.shape, x.shape[-1]
 tokens = x.shape[:-1].numel()
-calls = memory["calls"] = memory.get("calls", 0) + 1
-queue = memory.setdefault("queue", [])"""
+calls = memory["calls"] = memory.get("calls", 0) + 1"""
 
 
 def mutant(line):
@@ -867,15 +872,11 @@ def backward(t, change):
     return t
 
 
-def exp_without_max(logits):
-    w = logits.exp()
-    return w / w.sum(-1, keepdim=True)
-
-
 def mistakes():
     """Yields, for each mistake in the table, what is in these three lines:
 
-    random in bf16        what catches it (in which dtypes, if not in fp32)
+    random in bf16        "plain" (Case()), "random", a row of LARGE, or the name of a test
+                          without test_oracle_; and in which dtypes, if not in fp32
       z = z * (n <= 8)    the line that `mutant` puts in
         n=                a part of the message
     """
@@ -891,40 +892,29 @@ def mistakes():
 MISTAKES = """\
 plain
   w = F.linear(x, Wg).softmax(0)
-    It passes with: lead=(); lead=(1,), n=1
+    It passes with: lead=()
   w = backward(w, lambda g: g / scaling)
     It passes with: n=1; scaling=1.0; factors={'B': 0}
   w = w.bfloat16().to(w.dtype)
     Was something rounded to fewer bits
-  x = backward(x, lambda g: 1.01 * g)
-    It is 1.01 times the correct one
+  x = backward(x, lambda g: 1.1 * g)
+    It is 1.1 times the correct one
   y = y, w
     found <class 'tuple'>
-  y = y[99]
-    , in definition
-  y = backward(y, lambda g: g.data.mul_(2))
-    changed grad_y in place
   x.data.as_strided([1], [1], x.numel()).zero_()
     changed x in place
   A.grad = torch.zeros_like(A)
     A.requires_grad or A.grad
   A = A + 0 * A.detach().as_strided([1], [1], A.numel())
     memory past an end
-  torch.set_grad_enabled(False)
-    the call changed what is_grad_enabled() returns
-  torch.manual_seed(0)
-    initial_seed()
+  torch.set_default_dtype(bf16)
+    the call changed what get_default_dtype() returns
 plain in autocast-bf16
   y, _ = y, torch.autocast(x.device.type, enabled=False).__enter__()
     autocast_dtype()
-plain in fp16
-  z = z * 1.012
-    is wrong
 random
   z = z * (not 256 < k < 1024)
     Case(k=
-  z = z * (not 600 < tokens < 1040)
-    Case(lead=
   z = z * bool(k % 128 or d % 128 or r % 128)
     r=128
   A = backward(A, lambda g: g + (tokens == 0))
@@ -933,70 +923,52 @@ random
     frozen=('A',)
   y = y.requires_grad_()
     y requires a gradient, but no input does
-  z = z * (not torch.is_inference_mode_enabled())
-    mode='inference'
   z = z + 0 * torch.empty_like(z) if torch.get_deterministic_debug_mode() else z
     in Case(filled=True)
   z = z * (calls % 5 > 0)
     On new tensors, the same call passes
   y = y * (bias is None or bias.stride(0) == 1)
     layouts={'bias': 'gaps'}
-  y = y * (x.dim() < 2 or x.stride(-2) != 2 * k or x.stride(0) == k or x.stride(-1) > 1)
+  y = y * (x.dim() != 3 or x.stride(-2) != 2 * k or x.stride(0) == k or x.stride(-1) > 1)
     layouts={'x': 'wide-rows'}
-  y = y * (x.dim() < 3 or x.stride(0) >= x.stride(1))
+  y = y * (x.dim() < 3 or not 0 < x.stride(0) < x.stride(1))
     layouts={'x': 'tokens-first'}
-  y = y * (x.stride(-1) < 3)
-    layouts={'x': 'transposed'}
-  y = y * (x.dim() < 3 or x.stride(0) > 0)
-    layouts={'x': 'one-sequence'}
   y = backward(y, lambda g: g * (g.stride(-1) > 0))
     layouts={'grad_y': 'one-value'}
-  w = exp_without_max(F.linear(x, Wg))
+  w = F.linear(x, Wg).exp(); w = w / w.sum(-1, keepdim=True)
     factors={'Wg': 40}
 random in mixed-bf16
-  w = exp_without_max(F.linear(x, Wg))
+  w = F.linear(x, Wg).exp(); w = w / w.sum(-1, keepdim=True)
     factors={'Wg': 300}
 random in bf16
   y = y * (x.data_ptr() % 16 == 0 or not x.is_contiguous())
     layouts={'x': 'misaligned'}
   x = x.half().to(x.dtype)
-    bf16', factors={'
-  z = z * (n <= 8 and x.dtype == bf16)
-    in Case(dtypes='bf16', n=
-  z = z * 1.03
-    is wrong
-random in fp16
-  w = exp_without_max(F.linear(x, Wg))
-    factors={'Wg': 5}
-  w = backward(F.linear(x, Wg), lambda g: g * (g.abs() > 6e-5)).softmax(-1)
-    factors={'grad_y':
+    factors={'x':
 sequence
   z = z * (tokens <= 65535)
     y is wrong
 long-sum in bf16
   z = torch.cat([F.linear(t, A) for t in x.split(16, -2)], -2)
     A.grad is wrong
-long-input
-  z = z * (k <= 8192)
-    wrong: y; correct: none
-long-output
-  z = z * (d <= 8192)
-    y is wrong
-wide-square
-  z = z * (min(k, d) < 2048)
-    y is wrong
 many-wide
   z = z * (min(tokens, k, d) <= 1024)
     y is wrong
+long-input
+  z = z * (k <= 8192)
+    wrong: y; correct: none
 calls_in_a_row
   scaling = memory.setdefault(id(B), scaling)
-    call 3, {'scaling': 0.0} (is a buffer or cache of another kept?): y is
+    call 4, {'scaling': 0.0} (is something of another kept?): y is
   y, _ = y, memory.setdefault(y.shape, y).data.copy_(y)
-    {'lead': (2, 1)} (is a buffer or cache of another kept?): y is wrong
-  queue += [x] * torch.is_grad_enabled(); A = backward(A, lambda g: g * (queue.pop(0) is x))
-    A.grad is zero
-  queue += [x] * torch.is_grad_enabled(); A = backward(A, lambda g: g * (queue.pop() is x))
-    A.grad is zero
+    {'lead': (9, 1)} (is something of another kept?): y is wrong
+  A = A if memory.setdefault(B.shape, A.requires_grad) else A.detach()
+    call 2, {} (is something of another kept?): A.grad is zero
+strided_calls_in_a_row
+  x = x if memory.setdefault(x.shape, x.stride()) == x.stride() else 2 * x
+    call 2,
+  y = backward(y, lambda g: g * (memory.setdefault(x.shape, g.stride()) == g.stride()))
+    call 3,
 changed_tensors
   W0 = memory.setdefault((id(W0), W0._version), W0.detach().clone())
     after W0 was changed, in place (is a cache kept?): y is
@@ -1005,8 +977,6 @@ changed_tensors
 twice_or_overwritten
   y = backward(y, lambda g: g * (y._version == 0))
     y was overwritten:
-  y = backward(y, lambda g: g * (bias is None or bias._version == 0))
-    bias was overwritten:
   z = backward(z, lambda g: z.data.zero_() + g)
     backward again:
 nan_is_not_hidden
@@ -1017,8 +987,6 @@ nan_is_not_hidden
   y = backward(y, lambda g: g.clamp(-1e4, 1e4))
     with inf in grad_y:
 memory_is_freed
-  y = backward(y, lambda g: memory.update(kept=g))
-    keeps grad_y alive
   memory.update(kept=x)
     keeps x alive
 """
@@ -1056,12 +1024,18 @@ def test_correct_kernel_passes(refused_by, dtypes, kernel):
     run_check(refused_by, kernel, dtypes)
 
 
-@parametrize("name, message", [
-    ("HYDRALORA_IMPL", "math:pi is no function"), ("HYDRALORA_KERNEL", "use HYDRALORA_IMPL")])
-def test_unknown_setting_is_refused(monkeypatch, name, message):
-    monkeypatch.setenv(name, "math:pi")
-    with pytest.raises(ValueError, match=message):
+def test_unknown_setting_is_refused(monkeypatch):
+    monkeypatch.setenv("HYDRALORA_KERNEL", "my_module:my_kernel")
+    with pytest.raises(ValueError, match="use HYDRALORA_IMPL"):
         read_settings()
+
+
+@parametrize("change, message", [
+    (dict(factors={"b": 0}), "unknown tensor 'b': use one of x, W0"),
+    (dict(layouts={"x": "swaped"}), "unknown layout 'swaped': use one of misaligned")])
+def test_unknown_name_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Case(**change)
 
 
 # ---- By hand ----
