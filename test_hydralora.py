@@ -799,8 +799,8 @@ def explain(kernel, case, message):
     if not failure(kernel, case):
         return f"{message}\nOn new tensors, the same call passes.{LEFT_BEHIND}"
     plain_fails = bool(failure(kernel, Case(case.dtypes)))
-    same_id = plain_fails  # the kernel may not support a bias or 3-d x
-    case, message = simplest(kernel, case, message, same_id)
+    # if so, the id stays, because the kernel may not support a bias or 3-d x
+    case, message = simplest(kernel, case, message, same_id=plain_fails)
     if plain_fails:
         changes = [", ".join(keywords(change)) for change in passing_changes(kernel, case)]
         if changes:
