@@ -157,21 +157,22 @@ class HydraLoRALinear(nn.Module):
 
 
 # ---- Why it works ----
-# The toy is train_toy.py. Its tokens have a domain and a symbol. Unless said otherwise, 15
-# symbols differ: their right answers depend on both. Numbers are means of 20 seeds (README),
-# +- standard deviations.
+# The toy is train_toy.py. Its tokens have a domain and a symbol. Unless said otherwise,
+# 15 symbols differ: their right answers depend on both. Numbers are means of 20 seeds
+# (README), +- standard deviations.
 #
 # Why a router, and not a larger rank?
 # A LoRA's update, B A x, is linear in x at any rank. If x is the sum of a part for the
-# domain and a part for the symbol, so is the update: between two domains, it changes by the
-# same vector for every symbol. Such logits could still be mostly right, but training ends
-# near each symbol's commonest answer. HydraLoRA with one w for all tokens is no better,
-# because Eq. 3 is then a LoRA with B = sum_i w_i B_i. A router makes w depend on x, so tokens
-# of different domains get different matrices. But the router must learn: in the toy,
-# HydraLoRA has 97% right answers, with a frozen random router 85%, and LoRA 80%.
+# domain and a part for the symbol, so is the update: between two domains, it changes by
+# the same vector for every symbol. Such logits could still be mostly right, but training
+# ends near each symbol's commonest answer. HydraLoRA with one w for all tokens is no
+# better, because Eq. 3 is then a LoRA with B = sum_i w_i B_i. A router makes w depend on
+# x, so tokens of different domains get different matrices. But the router must learn: in
+# the toy, HydraLoRA has 97% right answers, with a frozen random router 85%, and LoRA
+# 80%.
 #
-# So equal gates should be no better than a LoRA. In the paper's Fig. 6, on MMLU, "w/o gate"
-# has 42.81, and "w/o MoE" 43.22, which is Table 2's LoRA with r = 8.
+# So equal gates should be no better than a LoRA. In the paper's Fig. 6, on MMLU, "w/o
+# gate" has 42.81, and "w/o MoE" 43.22, which is Table 2's LoRA with r = 8.
 #
 # Why is A shared, and not B?
 # In the paper, LoRAs of different tasks have A's that "tend to converge" and B's that
@@ -183,17 +184,17 @@ class HydraLoRALinear(nn.Module):
 #     two domains, one start of A       0.73, 0.19         0.40, 0.51
 #     one domain, two starts            0.23, 0.48         0.92, 0.94
 #
-# So A's are alike early because of their start. Later, both A's and B's are alike if their
-# domain is the same, and only then.
+# So A's are alike early because of their start. Later, both A's and B's are alike if
+# their domain is the same, and only then.
 #
 # The other argument for one A is size. N LoRAs have N r (k + d) parameters, but one A
 # with N heads has r (k + N d). In the toy, at equal size, HydraLoRA is ahead of N LoRAs
-# with a router by 1.3 +- 3.3 points, so by less than the spread. But A must learn: with a
-# random A, HydraLoRA is 18 points behind LoRA.
+# with a router by 1.3 +- 3.3 points, so by less than the spread. But A must learn: with
+# a random A, HydraLoRA is 18 points behind LoRA.
 #
 # Why do the heads differ?
-# For one token, let g = dL/dy, let l = Wg^T x be the logits, and let sum_j w_j B_j A x be
-# the mixture. Then
+# For one token, let g = dL/dy, let l = Wg^T x be the logits, and let sum_j w_j B_j A x
+# be the mixture. Then
 #
 #     dL/dB_i = s w_i g (A x)^T            a token counts for head i in proportion to w_i
 #     dL/dA   = s sum_i w_i B_i^T g x^T    A learns through all heads
@@ -207,34 +208,34 @@ class HydraLoRALinear(nn.Module):
 # If w_i rises, the token counts more for head i. So small preferences grow.
 #
 # Why do the heads divide the tokens, and by what?
-# By dL/dWg, a step for x changes the logits of x' in proportion to x . x'. So tokens come to
-# prefer one head if they are similar, and keep it if they need the same. In the toy, the
-# domain explains 0.70 of x's variance, in 2 directions, the symbol 0.45, in 14. Pairs of
-# tokens (%) that have their largest gates at the same head:
+# By dL/dWg, a step of SGD for x changes the logits of x' in proportion to x . x'. So
+# tokens come to prefer one head if they are similar, and keep it if they need the same. In
+# the toy, which uses AdamW, the domain explains 0.70 of x's variance, in 2 directions, the
+# symbol 0.45, in 14. Pairs of tokens (%) that have their largest gates at the same head:
 #
 #     symbols that differ               0                    15
 #     after steps                  20       300         20        300
 #     same domain, other symbol  95 +- 7  62 +- 24   96 +- 8   100 +- 1
 #     same symbol, other domain   5 +- 5  53 +- 26   11 +- 15    2 +- 7
 #
-# So domains come first. If they need different answers, this stays. If not, heads turn to
-# the symbols, but on 15 of 40 seeds only in part. The domain's part of x is the cause. If the
-# router alone sees it larger or smaller, the normalised mutual information (NMI) of heads and
-# domains changes:
+# So domains come first. If they need different answers, this stays. If not, heads turn
+# to the symbols, but on 15 of 40 seeds only in part. The domain's part of x is the
+# cause. If the router alone sees it larger or smaller, the normalised mutual information
+# (NMI) of heads and domains changes:
 #
 #     times             0.2     0.5       1       3
 #     0 differ         0.03    0.07    0.39    0.86
 #     15 differ        0.23    0.91    0.98    0.98
 #
-# Gates alone do not show what a head has learnt. To see it, merge with gate 1 for this head
-# and 0 for the rest.
+# Gates alone do not show what a head has learnt. To see it, merge with gate 1 for this
+# head and 0 for the rest.
 
 
 # ---- Choices ----
-# On these points, the paper is silent or unclear. The official code is commit afb693b
-# of https://github.com/Clin0212/HydraLoRA, the script is its fine-tuning.sh. There, lora_A
-# is lora_A.weight, lora_B is lora_B0.weight, lora_B1.weight and so on, and router.weight is
-# lora_route.weight.
+# On these points, the paper is silent or unclear. The official code is commit afb693b of
+# https://github.com/Clin0212/HydraLoRA, the script is its fine-tuning.sh. There, lora_A
+# is lora_A.weight, lora_B is lora_B0.weight, lora_B1.weight and so on, and router.weight
+# is lora_route.weight.
 #
 # [1] The router reads x, as in Eq. 4 and the official code. But the paper prints Wg as
 #     (r, N), which fits A x.
