@@ -1518,8 +1518,9 @@ def is_printed(line, output):
     ("o_proj, 15 differ: answers of a head alone that are its domain's (%)", 85, 95),
     ("o_proj, 0 differ: merged with mean gates (%)", 75, 100),
     ("o_proj, 0 differ: a head alone, on its own tokens (%)", 90, 100),
-    ("NMI of o_proj's heads and domain, 15 differ", 0.95, 1),
-    ("NMI of o_proj's heads and domain, 15 differ, other start", 0.95, 1),
+    ("NMI of o_proj's heads and domain, 15 differ", 0.75, 1),
+    ("NMI of o_proj's heads and domain, 15 differ, other start", 0.75, 1),
+    ("NMI of o_proj's heads and domain, 0 differ", -0.01, 0.4),
     ("starts with an NMI above 0.75 (%)", 99, 101),
     ("variance of o_proj's input by domain", 0.6, 0.8),
     ("old answers of the frozen model, if x is 0 (%)", 75, 92),
@@ -1539,13 +1540,6 @@ def test_toy_A_must_learn(toy, seed_0):
     model = toy.fit(seed_0.tasks[15], toy.Method(["o_proj"], 3, 9, random="lora_A"))
     right = toy.accuracy(model, seed_0.tasks[15])
     assert right < seed_0.numbers["LoRA, 15 differ (%)"] - 5
-
-
-def test_toy_heads_do_not_divide_the_control_with_one_rate(toy, seed_0):
-    task = seed_0.tasks[0]
-    model = toy.fit(task, toy.Method(["o_proj"], 3, 9, router_rate=1))
-    _, w = toy.inputs_and_gates(model, task.test)
-    assert toy.nmi(task.test.domain.repeat_interleave(toy.LENGTH), w) < 0.4
 
 
 def test_toy_fine_tunes_what_comes_after_x(toy, seed_0):
@@ -1578,16 +1572,16 @@ def test_toy_sizes_are_about_equal(toy):
     table = toy.methods(block, 3, 5, True)
     assert {name: method.r for name, method in table.items()} == {
         "HydraLoRA": 5, "LoRA": 14, "LoRA with a ReLU": 14, "LoRA on o_proj and up_proj": 6,
-        "full fine-tuning": 0, "LoRA MoE": 4, "HydraLoRA, one rate": 5,
+        "full fine-tuning": 0, "LoRA MoE": 4,
         "HydraLoRA, random router": 5, "HydraLoRA, random A": 5}
 
 
-def test_toy_router_has_its_own_rate(toy):
-    """AdamW's first step moves each weight by its rate, which begins at a 25th."""
+def test_toy_router_has_its_own_rate_and_eps(toy):
+    """AdamW's first step, with gradient 1, is the rate / (1 + eps). Rates begin at a 25th."""
     model = nn.ParameterDict({"router": torch.zeros(1), "lora_A": torch.zeros(1)})
-    toy.train(model, 0.5, [0] * 9, lambda batch: sum(model.values()), 1, router_lr=2.0)
+    toy.train(model, 0.5, [0] * 9, lambda batch: sum(model.values()), 1)
     close(model["lora_A"].detach(), torch.tensor([-0.02]))
-    close(model["router"].detach(), torch.tensor([-0.08]))
+    close(model["router"].detach(), torch.tensor([-0.16 / 1.1]))
 
 
 def test_toy_measures_by_hand(toy):
