@@ -167,9 +167,9 @@ class HydraLoRALinear(nn.Module):
 # the same vector for every symbol. Such logits could still be mostly right, but training
 # ends near each symbol's commonest answer. HydraLoRA with one w for all tokens is no
 # better, because Eq. 3 is then a LoRA with B = sum_i w_i B_i. A router makes w depend on
-# x, so tokens of different domains get different matrices. But the router must learn: in
-# the toy, HydraLoRA has 98% right answers, with a frozen random router 85%, and LoRA
-# 80%.
+# x, so tokens of different domains get different matrices. But the router must learn:
+# in the toy, HydraLoRA has 98% right answers, with a frozen random router 85%, and LoRA
+# has 80%.
 #
 # So equal gates should be no better than a LoRA. In the paper's Fig. 6, on MMLU, "w/o
 # gate" has 42.81, and "w/o MoE" 43.22, which is Table 2's LoRA with r = 8.
@@ -208,10 +208,10 @@ class HydraLoRALinear(nn.Module):
 # If w_i rises, the token counts more for head i. So small preferences grow.
 #
 # Why do the heads divide the tokens, and by what?
-# By dL/dWg, a step of SGD for x changes the logits of x' in proportion to x . x'. (The
-# toy uses AdamW, but for the router with an eps so large that its steps are nearly SGD's.)
-# So tokens come to prefer one head if they are similar, and keep it if they need the same.
-# In the toy, the domain explains 0.70 of x's variance, in 2 directions, and the symbol
+# By dL/dWg, a step of SGD for x changes the logits of x' in proportion to x . x'. So
+# tokens come to prefer one head if they are similar, and keep it if they need the same.
+# The toy uses AdamW, but the router's eps is so large that its steps are nearly SGD's.
+# There, the domain explains 0.70 of x's variance, in 2 directions, and the symbol
 # 0.45, in 14. Pairs of tokens (%) that have their largest gates at the same head:
 #
 #     symbols that differ               0                    15
