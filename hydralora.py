@@ -113,17 +113,8 @@ class HydraLoRALinear(nn.Module):
         return f"num_heads={self.num_heads}, r={self.r}, scaling={self.scaling:g}"
 
     # nn.MultiheadAttention, Mamba and WavLM read a layer's weight and bias and do not call it.
-    # They would miss the update, so weight is empty and bias is an error.
+    # They would miss the update, so here weight is empty, and there is no bias: they fail.
     weight = property(lambda self: torch.empty(0, 0).to(self.base.weight))  # T5 reads its dtype
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name != "bias":
-                raise
-            message = "call the layer: its weight and bias alone miss the update"
-            raise AttributeError(message) from None
 
     @torch.no_grad()
     def merge(self, gates):
@@ -170,9 +161,6 @@ class HydraLoRALinear(nn.Module):
 # x, so tokens of different domains get different matrices. But the router must learn:
 # in the toy, HydraLoRA has 98% right answers, with a frozen random router 85%, and LoRA
 # has 80%.
-#
-# So equal gates should be no better than a LoRA. In the paper's Fig. 6, on MMLU, "w/o
-# gate" has 42.81, and "w/o MoE" 43.22, which is Table 2's LoRA with r = 8.
 #
 # Why is A shared, and not B?
 # In the paper, LoRAs of different tasks have A's that "tend to converge" and B's that
@@ -221,7 +209,8 @@ class HydraLoRALinear(nn.Module):
 #
 # So domains come first. If they need different answers, this stays. If not, heads turn
 # to the symbols. The domain's part of x is the cause. If the router alone sees it larger
-# or smaller, the normalised mutual information (NMI) of heads and domains changes:
+# or smaller (commit 2aacabd), the normalised mutual information (NMI) of heads and
+# domains changes:
 #
 #     times            0.2     0.5       1       3
 #     0 differ        0.01    0.03    0.07    0.50
