@@ -160,10 +160,11 @@ class Case:
     seed: int = 0
 
     def __post_init__(self):
-        tensors = (*self.factors, *self.layouts, *self.frozen)
+        tensors = (*self.factors, *self.layouts)
         for what, names, known in (
                 ("dtypes", [self.dtypes], DTYPES), ("mode", [self.mode], MODES),
-                ("tensor", tensors, TENSORS), ("layout", self.layouts.values(), LAYOUTS)):
+                ("tensor", tensors, TENSORS), ("layout", self.layouts.values(), LAYOUTS),
+                ("input", self.frozen, INPUTS)):
             for name in names:
                 if name not in known:
                     raise ValueError(f"unknown {what} {name!r}: use one of {', '.join(known)}")
@@ -1023,7 +1024,8 @@ def test_unknown_setting_is_refused(monkeypatch):
 
 @parametrize("change, message", [
     (dict(factors={"b": 0}), "unknown tensor 'b': use one of x, W0"),
-    (dict(layouts={"x": "swaped"}), "unknown layout 'swaped': use one of misaligned")])
+    (dict(layouts={"x": "swaped"}), "unknown layout 'swaped': use one of misaligned"),
+    (dict(frozen=("grad_y",)), "unknown input 'grad_y': use one of x, W0")])
 def test_unknown_name_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Case(**change)
