@@ -1126,6 +1126,7 @@ def test_defaults():
     base = nn.Linear(256, 5).eval()
     layer = HydraLoRALinear(base)
     assert "num_heads=3, r=8, scaling=2" in str(layer)
+    assert (layer.in_features, layer.out_features) == (256, 5)
     assert layer.lora_dropout.p == 0
     assert not any(module.training for module in layer.modules())
     assert not any(p.requires_grad for p in base.parameters())
@@ -1210,7 +1211,7 @@ class TopTwoLayer(HydraLoRALinear):
 def test_variant_is_saved_recorded_and_merged():
     layer = make_layer(layer=TopTwoLayer)
     other = make_layer(layer=TopTwoLayer)
-    for p in (other.lora_A, other.lora_B, other.router.temperature):
+    for p in (other.lora_A, other.lora_B, *other.router.parameters()):
         nn.init.zeros_(p)
     assert hydralora_state_dict(layer).keys() == trained_names(layer)
     assert load_hydralora_state_dict(other, hydralora_state_dict(layer)) is other
@@ -1218,6 +1219,7 @@ def test_variant_is_saved_recorded_and_merged():
     x = randn(1, K)
     with torch.no_grad(), record_gates(layer) as gates:
         y = layer(x)
+    assert torch.equal(other(x), y)
     means = mean_gates(gates)
     assert (means[""] > 0).sum() == 2
     merged = merge_hydralora(other, means)
@@ -1252,7 +1254,7 @@ def test_second_injection_adds_to_the_first():
     inject_hydralora(model, "v_proj")
     frozen = hydralora_state_dict(model).keys() ^ trained_names(model)
     assert frozen == {"layers.0.q_proj.lora_A"}
-    assert type(inject_hydralora(nn.Linear(K, D), "")) is HydraLoRALinear
+    assert type(inject_hydralora(OwnLinear(K, D), "")) is HydraLoRALinear
 
 
 # ---- Gates and merging ----
@@ -1333,7 +1335,7 @@ def test_mean_gates_are_those_of_all_tokens():
     a, b, c = torch.eye(3, dtype=bf16).requires_grad_()
     pairs = torch.stack([a, b]).expand(150, 2, 3)
     no_tokens = a.expand(0, 3)
-    means = mean_gates({"layer": [pairs, c, no_tokens], "idle": [], "empty": [no_tokens]})
+    means = mean_gates({"layer": [no_tokens, pairs, c], "idle": [], "empty": [no_tokens]})
     close(means, {"layer": torch.tensor([150, 150, 1]) / 301})
     assert not means["layer"].requires_grad
 
@@ -1353,7 +1355,7 @@ class OwnLayer(HydraLoRALinear):
 
 @parametrize("shape, message", [
     ((2,), "gates must be 4 numbers, got shape [2]"),
-    ((N, 1), "gates must be 4 numbers, got shape [4, 1]")])
+    ((1, N), "gates must be 4 numbers, got shape [1, 4]")])
 def test_wrong_gates_are_refused(shape, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make_layer().merge(torch.ones(shape))
@@ -1392,6 +1394,7 @@ def test_layer_without_its_values_is_not_saved(key, t, message):
     ("proj", {}, "no module is named 'proj'"),
     ("v_proj.base", {}, "'v_proj.base' is adapted already"),
     ("layers.0", {}, "'layers.0' is a TinyBlock of hydralora, "),
+    ("", {}, "'' is a TinyTransformer of hydralora, "),
     ("o_proj.weight", {}, "'o_proj.weight' is a parameter"),
     ("v_proj", {}, "'v_proj' is adapted already"),
     ("o_proj", dict(layer=lambda base, **arguments: base),
