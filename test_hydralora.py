@@ -1492,6 +1492,8 @@ def is_printed(line, output):
     ("o_proj, 15 differ: answers of a head alone that are its domain's (%)", 85, 95),
     ("o_proj, 0 differ: a head alone, on its own tokens (%)", 90, 100),
     ("NMI of o_proj's heads and domain, 0 differ", -0.01, 0.4),
+    ("o_proj, 15 differ, 300 steps: same domain, one head", 95, 101),
+    ("o_proj, 15 differ, 300 steps: same symbol, one head", -1, 5),
     ("starts with an NMI above 0.75 (%)", 99, 101),
     ("old answers of the frozen model, if x is 0 (%)", 75, 92),
     ("HydraLoRA's lead over LoRA, 15 differ (%)", 12, 25),
@@ -1556,11 +1558,6 @@ def test_toy_measures_by_hand(toy):
 
     points = torch.tensor([[0.0], [4.0], [20.0]])  # with centres at 2 and 20
     assert toy.k_means_sse(points, 2) == near(2**2 + 2**2)
-
-    pairs = toy.pairs_of(torch.tensor([0, 0, 1]), torch.tensor([4, 5, 5]))
-    assert pairs["same domain"].nonzero().tolist() == [[0, 1], [1, 0]]
-    assert pairs["same symbol"].nonzero().tolist() == [[1, 2], [2, 1]]
-    assert pairs["neither"].nonzero().tolist() == [[0, 2], [2, 0]]
 
 
 @parametrize("n", [2, 3, 5, 10])
