@@ -1215,7 +1215,8 @@ def test_variant_is_saved_recorded_and_merged():
         nn.init.zeros_(p)
     assert hydralora_state_dict(layer).keys() == trained_names(layer)
     assert load_hydralora_state_dict(other, hydralora_state_dict(layer)) is other
-    assert other.router.temperature is p  # copied
+    assert other.router.temperature is p
+    assert p.data_ptr() != layer.router.temperature.data_ptr()  # copied
     x = randn(1, K)
     with torch.no_grad(), record_gates(layer) as gates:
         y = layer(x)
@@ -1243,6 +1244,7 @@ def test_injection_changes_no_output_and_no_mode():
     first, second = model.layers
     assert built == [first.down_proj, second.down_proj, first.q_proj]  # a seed's order
     assert [*hydralora_layers(model).values()] == [built[2], *built[:2]]
+    assert trained_names(model) == hydralora_state_dict(model).keys()
     assert torch.equal(model(IDS), logits)
     assert not any(module.training for module in model.layers[0].modules())
     assert all(module.training for module in model.layers[1].modules())
@@ -1251,7 +1253,7 @@ def test_injection_changes_no_output_and_no_mode():
 def test_second_injection_adds_to_the_first():
     model = inject_hydralora(plain_model(), "0.q_proj")
     model.layers[0].q_proj.lora_A.requires_grad_(False)  # the caller's choice stays
-    inject_hydralora(model, "v_proj")
+    inject_hydralora(model, "q_proj")  # the other block's
     frozen = hydralora_state_dict(model).keys() ^ trained_names(model)
     assert frozen == {"layers.0.q_proj.lora_A"}
     assert type(inject_hydralora(OwnLinear(K, D), "")) is HydraLoRALinear
@@ -1269,7 +1271,7 @@ def test_model_merged_with_its_fixed_gates_is_the_model():
         of_sequences = gates[name].expand(len(IDS), 1, N)  # (b, 1, n)
         layer.router.register_forward_hook(lambda router, x, w, fixed=of_sequences: fixed)
     logits = model(IDS)
-    assert merge_hydralora(model, gates) is model
+    assert merge_hydralora(model, dict(reversed(gates.items()))) is model
     close(model(IDS), logits, rtol=0, atol=1e-4)
     assert model.state_dict().keys() == plain_model().state_dict().keys()
     assert not trained_names(model)
@@ -1312,7 +1314,8 @@ def test_recorded_gates_are_those_of_all_calls():
 
 
 @parametrize("wrong, shape", [
-    (lambda w: w[..., :1], [2, 2, 1]), (lambda w: w[0], [2, 4]), (lambda w: w[None], [1, 2, 2, 4])])
+    (lambda w: w[..., :1], [2, 2, 1]), (lambda w: w[0], [2, 4]), (lambda w: w[None], [1, 2, 2, 4]),
+    (lambda w: w.repeat(1, 1, 2), [2, 2, 8])])
 def test_wrong_gates_raise_and_end_recording(wrong, shape):
     """(b, n) would pass for (t, n) where b = t."""
     layer = make_layer()
@@ -1397,7 +1400,7 @@ def test_layer_without_its_values_is_not_saved(key, t, message):
     ("", {}, "'' is a TinyTransformer of hydralora, "),
     ("o_proj.weight", {}, "'o_proj.weight' is a parameter"),
     ("v_proj", {}, "'v_proj' is adapted already"),
-    ("o_proj", dict(layer=lambda base, **arguments: base),
+    ("o_proj", dict(layer=lambda base: base),
      "must make a HydraLoRALinear of hydralora, got Linear of torch.nn.modules.linear"),
     ("o_proj", dict(r=0), "at least 1, got 3 and 0"),
     ("o_proj", dict(num_heads=0), "at least 1, got 0 and 8")])
