@@ -21,17 +21,20 @@ and y have 16 bits, but A, B and Wg are float32. Under autocast, y may have auto
 or float32. A kernel that computes in TF32 fails the fp32 tests. The values of weights may
 change between calls, so a kernel must not keep what it computes from them.
 
-A result is y or the gradient of an input. Its rows and its columns have errors:
+A result is y or the gradient of an input. A row lies along its last axis, and a column is one
+element of all rows. Each row and each column has an error:
 
-    error of a row = |found - correct| / max(|correct|, the average norm of a row)
+    |found - correct| / max(|correct|, the average norm of a row or column)
 
-The largest error of a result may be
+If the terms of a gradient nearly cancel, `least_norms` raises the average. The largest error of
+a result may be
 
     fp32    1e-4                                 fp64    1e-10
     bf16    0.04, with mixed and autocast        fp16    0.008, with mixed and autocast
 
-In 16 bits, a kernel may round the result of each step. It may add up in 16 bits at most 16
-heads, and the gradients of at most 20 chunks of tokens. Longer sums must be in float32.
+The tolerances in 16 bits are this wide because a kernel may round the result of each step. It
+may add up in 16 bits at most 16 heads, and the gradients of at most 20 chunks of tokens. Longer
+sums must be in float32.
 
 The id of a test, such as test_oracle_results[2-gradients-3d-odd-bias-fp32], says what the
 kernel must support. Leave out what yours does not:
@@ -40,7 +43,7 @@ kernel must support. Leave out what yours does not:
     -k "oracle and 3d and aligned"      x is (batch, tokens, k); 16 divides k, d and r
     -k "oracle and not empty"           there are tokens
     -k "oracle and not strided"         tensors are contiguous and aligned
-    -k "oracle and nobias"              bias is None
+    -k "oracle and nobias"              bias is None ("not bias" would leave out this, too)
     -k "oracle and not fp64 and not mixed and not autocast"    one dtype, at most 32 bits
     -k "oracle and not slow and fp32"   for a first verdict, in seconds
 
@@ -127,7 +130,6 @@ DEVICE, IMPLEMENTATION = read_settings()
 # ---- The cases ----
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
-
 Dtypes = collections.namedtuple("Dtypes", "x base adapter autocast tolerance")
 DTYPES = {  # of x and y, of W0 and bias, of A, B and Wg; autocast's; the largest error
     "fp32": Dtypes(f32, f32, f32, None, 1e-4),
@@ -155,7 +157,7 @@ class Case:
     bias: bool = True
     scaling: float = 1.75
     factors: dict = field(default_factory=dict)  # name -> multiplies this tensor
-    layouts: dict = field(default_factory=dict)  # name -> an argument of `lay`
+    layouts: dict = field(default_factory=dict)  # name -> one of LAYOUTS
     frozen: tuple = ()    # what does not require grad
     seed: int = 0
 
@@ -238,7 +240,7 @@ def draw_sizes(case, rng):
         case.d = draw_size(rng, least, 1100, unit)
         case.r = draw_size(rng, least, 300, unit)
         case.n = draw_size(rng, 1, 16 if "16" in case.dtypes else 33)
-        tokens = draw_size(rng, 1, 1100, rng.choice([1, 1, unit]))
+        tokens = draw_size(rng, 1, 1100, rng.choice([1, 1, unit]))  # they may fill tiles, too
         if rng.random() < 0.15:  # equal sizes, where a swapped axis raises no error
             case.d = case.k
         if rng.random() < 0.15:
@@ -288,7 +290,7 @@ def random_case(dtypes, seed):
 def draw_cases(dtypes):
     cases = [Case(dtypes)]
     if dtypes == "fp32":
-        cases += [Case(r=1), Case(n=260)]  # which are hardly drawn
+        cases += [Case(r=1), Case(n=50), Case(n=260)]  # which are hardly drawn
     if "mixed" in dtypes:  # exp(logit) is inf, but the only gate is 1
         cases.append(Case(dtypes, n=1, factors=dict(Wg=300)))
     for seed in range(130 if dtypes == "fp32" else 40):
@@ -561,10 +563,12 @@ def test_oracle_results(implementation, case):
         raise AssertionError(explain(implementation, case, message))
 
 
-IN_A_ROW = [  # what differs from the case; at first, nothing needs a gradient
-    dict(mode="values", frozen=INPUTS), {}, dict(frozen=TRAINED), dict(scaling=0.0),
-    dict(scaling=-1.75), dict(lead=(9, 1)), dict(lead=(9, 13)), dict(lead=(9, 67)), {},
-    dict(lead=(9, 1), seed=1), dict(r=32, bias=False), dict(r=32), dict(n=5), {}]
+IN_A_ROW = [  # what differs from the case
+    dict(mode="values", frozen=INPUTS), {}, dict(frozen=TRAINED),  # the need of a gradient
+    dict(scaling=0.0), dict(scaling=-1.75),
+    dict(lead=(9, 1)), dict(lead=(9, 13)), dict(lead=(9, 67)), {},  # the grid
+    dict(lead=(9, 1), seed=1),  # other values
+    dict(r=32, bias=False), dict(r=32), dict(n=5), {}]
 STRIDED_IN_A_ROW = [
     {}, dict(layouts=dict.fromkeys(INPUTS, "transposed")), dict(layouts=dict(grad_y="transposed"))]
 
@@ -656,6 +660,7 @@ def test_oracle_nan_is_not_hidden(implementation, case):
             should_be = call.expected[result][0].isfinite()
             if finite.all() and not should_be.all():
                 call.fail(f"{result} is wrong: it hides {bad}")
+            # of y alone: a step with nan in any gradient is lost anyway
             if result == "y" and (should_be & ~finite).any():
                 call.fail(f"y is wrong: {bad} has spread to other elements")
 
@@ -807,8 +812,8 @@ def explain(kernel, case, message):
 # ==== 3. Does the oracle notice? ====
 
 # To add a field to Case, use it in `make` or Call, draw it last in random_case (other draws
-# stay), and put a word into the id if kernels may not support it. To add a test, write it at the
-# end of room 1, with each_of. Then add to MISTAKES a line that makes a kernel wrong for your
+# stay), and put a word into the id if kernels may not support it. To add a test, write it
+# before slow_cases, with each_of. Then add to MISTAKES a line that makes a kernel wrong for your
 # field or test, but not for Case(), and to CORRECT a kernel that your change might refuse.
 
 TESTS = {name.removeprefix("test_oracle_"): test for name, test in globals().items()
@@ -895,8 +900,6 @@ plain
     Was something rounded to fewer bits
   x = backward(x, lambda g: 1.1 * g)
     It is 1.1 times the correct one
-  y = y, w
-    found <class 'tuple'>
   x.data.as_strided([1], [1], x.numel()).zero_()
     changed x in place
   A.grad = torch.zeros_like(A)
@@ -1016,12 +1019,6 @@ def test_correct_kernel_passes(refused_by, dtypes, kernel):
     run_check(refused_by, kernel, dtypes)
 
 
-def test_unknown_setting_is_refused(monkeypatch):
-    monkeypatch.setenv("HYDRALORA_KERNEL", "my_module:my_kernel")
-    with pytest.raises(ValueError, match="use HYDRALORA_IMPL"):
-        read_settings()
-
-
 @parametrize("change, message", [
     (dict(factors={"b": 0}), "unknown tensor 'b': use one of x, W0"),
     (dict(layouts={"x": "swaped"}), "unknown layout 'swaped': use one of misaligned"),
@@ -1033,40 +1030,34 @@ def test_unknown_name_is_refused(change, message):
 
 # ---- By hand ----
 def definition_by_hand(x, W0, bias, A, B, Wg, scaling, grad_y):
-    """y by Eqs. 3 and 4, and the gradients of sum(grad_y * y), derived by hand."""
-    v = x.reshape(-1, A.shape[1])  # (t, k)
-    g = grad_y.reshape(-1, len(W0))  # (t, d)
-    logits = v @ Wg.T
+    """y (t, d) by Eqs. 3 and 4, and the gradients of sum(grad_y * y), derived by hand."""
+    logits = x @ Wg.T
     e = np.exp(logits - logits.max(-1, keepdims=True))
     w = e / e.sum(-1, keepdims=True)  # (t, n), Eq. 4
-    z = v @ A.T  # (t, r)
-    y = v @ W0.T + bias + scaling * np.einsum("tn,tr,ndr->td", w, z, B)  # Eq. 3
+    z = x @ A.T  # (t, r)
+    y = x @ W0.T + bias + scaling * np.einsum("tn,tr,ndr->td", w, z, B)  # Eq. 3
 
-    gB = scaling * np.einsum("td,ndr->tnr", g, B)
+    gB = scaling * np.einsum("td,ndr->tnr", grad_y, B)
     dw = np.einsum("tnr,tr->tn", gB, z)
     dz = np.einsum("tnr,tn->tr", gB, w)
     dlogits = w * (dw - (w * dw).sum(-1, keepdims=True))
     return {
-        "y": y.reshape(grad_y.shape),
-        "x.grad": (g @ W0 + dz @ A + dlogits @ Wg).reshape(x.shape),
-        "W0.grad": g.T @ v,
-        "bias.grad": g.sum(0),
-        "A.grad": dz.T @ v,
-        "B.grad": scaling * np.einsum("tn,td,tr->ndr", w, g, z),
-        "Wg.grad": dlogits.T @ v}
+        "y": y,
+        "x.grad": grad_y @ W0 + dz @ A + dlogits @ Wg,
+        "W0.grad": grad_y.T @ x,
+        "bias.grad": grad_y.sum(0),
+        "A.grad": dz.T @ x,
+        "B.grad": scaling * np.einsum("tn,td,tr->ndr", w, grad_y, z),
+        "Wg.grad": dlogits.T @ x}
 
 
 def test_definition_by_hand_agrees():
-    for case in RANDOM["fp32"][:20]:
-        case = replace(case, mode="gradients")
-        inputs = make(case)
-        arrays = {"bias": np.zeros(case.d)}
-        for name in (*case.inputs, "grad_y"):
-            arrays[name] = as_float64(inputs[name]).numpy()
-        found = definition_by_hand(**arrays, scaling=case.scaling)
-        for name, (value, least) in correct(inputs, case).items():
-            by_hand = torch.from_numpy(found[name])
-            assert largest(errors(by_hand, value, least)) < 1e-9, name
+    case = Case(lead=(90,))
+    inputs = make(case)
+    arrays = {name: as_float64(t).numpy() for name, t in inputs.items()}
+    found = definition_by_hand(**arrays, scaling=case.scaling)
+    for name, (value, _) in correct(inputs, case).items():
+        close(torch.from_numpy(found[name]), value)
 
 
 # ==== 4. This project's layer ====
@@ -1492,8 +1483,6 @@ def is_printed(line, output):
 
 
 @parametrize("name, least, greatest", [
-    ("o_proj, 15 differ: answers of a head alone that are its domain's (%)", 85, 95),
-    ("o_proj, 0 differ: a head alone, on its own tokens (%)", 90, 100),
     ("NMI of o_proj's heads and domain, 0 differ", -0.01, 0.4),
     ("o_proj, 15 differ, 300 steps: same domain, one head", 95, 101),
     ("o_proj, 15 differ, 300 steps: same symbol, one head", -1, 5),
@@ -1508,33 +1497,23 @@ def test_toy_shows_what_its_docstring_says(seed_0, name, least, greatest):
     assert least < seed_0.numbers[name] < greatest
 
 
-def test_toy_A_must_learn(toy, seed_0):
-    model = toy.fit(seed_0.tasks[15], toy.Method(["o_proj"], 3, 9, random="lora_A"))
-    right = toy.accuracy(model, seed_0.tasks[15])
-    assert right < seed_0.numbers["LoRA, 15 differ (%)"] - 5
-
-
 def test_toy_runs_with_all_methods(toy):
     output = toy_output(
         toy, "--seeds 2 --all --heads 4 --rank 5 --lr 0.5 --naming 0",
         DIFFER=(0, 15), STEPS=3, TEST=30, WATCHED=(2, 3))
-    block = TinyTransformer(TinyConfig()).layers[1]
-    for name in [*toy.methods(block, 4, 5, True), "LoRA-Split"]:
-        assert re.search(rf"^ *{name}, 15 differ \(%\)  ", output, re.M)
-    assert output.count("head 3 alone") == 2 * 2  # seeds, counts
-    row = re.search(r"^ *HydraLoRA, 15 differ \(%\) +(.*)", output, re.M)[1]
+    row = re.search(r"^ *LoRA MoE, 15 differ \(%\) +(.*)", output, re.M)[1]
     average, std, least, greatest = map(float, row.split())
     assert least < average < greatest
     assert std == pytest.approx((greatest - least) / 2**0.5, abs=0.02)
     assert "All LoRAs: 1,920 parameters" in output
 
 
-def test_toy_router_has_its_own_rate_and_eps(toy):
-    """AdamW's first step, with gradient 1, is the rate / (1 + eps). Rates begin at a 25th."""
-    model = nn.ParameterDict({"router": torch.zeros(1), "lora_A": torch.zeros(1)})
-    toy.train(model, 0.5, [0] * 9, lambda batch: sum(model.values()), 1)
-    close(model["lora_A"].detach(), torch.tensor([-0.02]))
-    close(model["router"].detach(), torch.tensor([-0.16 / 1.1]))
+def test_toy_router_has_its_own_weight_decay(toy):
+    """AdamW multiplies a weight by 1 - rate * decay. The rate begins at a 25th."""
+    model = nn.ParameterDict({"router": torch.ones(1), "lora_A": torch.ones(1)})
+    toy.train(model, 0.5, [0] * 9, lambda batch: 0 * sum(model.values()), 1)
+    close(model["lora_A"].detach(), torch.tensor([1 - 0.02 * 0.1]))
+    close(model["router"].detach(), torch.tensor([1 - 0.02]))
 
 
 def test_toy_measures_by_hand(toy):
@@ -1561,28 +1540,6 @@ def test_toy_measures_by_hand(toy):
 
     points = torch.tensor([[0.0], [4.0], [20.0]])  # with centres at 2 and 20
     assert toy.k_means_sse(points, 2) == near(2**2 + 2**2)
-
-
-@parametrize("n", [2, 3, 5, 10])
-def test_toy_num_heads_of_topics(n, toy):
-    rng = np.random.default_rng(n)
-    topic_of = np.arange(200) % n
-    words = rng.integers(2, size=(200, 30))
-    topics = words * (1 + topic_of[:, None])  # 0 for words of no topic
-    texts = 50 * topics + rng.integers(50, size=(200, 30))
-    found, _ = toy.choose_num_heads(torch.tensor(texts))
-    assert found == n
-
-
-def test_toy_lora_moe_is_its_formula(toy):
-    """sum_i w_i B_i A_i x, with a scaling of 2."""
-    layer = toy.LoRAExperts(nn.Linear(64, 32), num_heads=3, r=5, lora_alpha=10)
-    assert 0.11 < layer.lora_A.abs().max() <= 0.125  # U(-b, b) with b = 1 / sqrt(64)
-    nn.init.normal_(layer.lora_B)
-    x = torch.randn(2, 5, 64)
-    update = torch.einsum(
-        "btn,ndr,nrk,btk->btd", layer.router(x), layer.lora_B, layer.lora_A, x)
-    close(layer(x), layer.base(x) + 2 * update, rtol=1e-4, atol=1e-4)
 
 
 # ---- README ----
