@@ -169,7 +169,7 @@ class HydraLoRALinear(nn.Module):
 # LoRAs' A's, and of their B's, overlap (random ones by 0.11, or by 0.47 in 15 dimensions):
 #
 #                                   10 steps: A, B   300 steps: A, B
-#     two domains, one start of A       0.73, 0.19         0.40, 0.52
+#     two domains, one start of A       0.73, 0.19         0.40, 0.51
 #     one domain, two starts            0.23, 0.48         0.92, 0.94
 #
 # So A's are alike early because of their start. Later, both A's and B's are alike if
